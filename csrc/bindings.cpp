@@ -1,0 +1,53 @@
+// Raw addresses in, nothing back: the extension knows no tensor type, so it builds without torch and survives its updates.
+// It checks nothing; dydiff.kernels.edm checks everything and is its only caller.
+#include <pybind11/pybind11.h>
+
+#include "edm_step.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+float* pointer(Address address) { return reinterpret_cast<float*>(address); }
+
+// Binds one unit's three operations. Stream is empty for the CPU and one more trailing address for CUDA.
+template <typename... Stream, typename Churn, typename Euler, typename Heun>
+void bind(py::module_ m, Churn churn, Euler euler, Heun heun) {
+    const auto release = py::call_guard<py::gil_scoped_release>();
+    m.def("churn", [churn](Address x, Address noise, Address x_hat, Address model_input, uint32_t size, double sigma,
+                           double sigma_hat, double s_noise, double sigma_data, Stream... stream) {
+        churn(pointer(x), pointer(noise), pointer(x_hat), pointer(model_input), size,
+              edm::ChurnCoefficients(sigma, sigma_hat, s_noise, sigma_data), stream...);
+    }, release);
+    m.def("euler", [euler](Address x_hat, Address network, Address x, Address model_input, uint32_t rows,
+                           double sigma_hat, double sigma_next, double sigma_data, Address first_observation,
+                           Address actions, uint32_t horizon, uint32_t observation_dim, uint32_t action_dim,
+                           Stream... stream) {
+        euler(pointer(x_hat), pointer(network), pointer(x), pointer(model_input), rows,
+              edm::EulerCoefficients(sigma_hat, sigma_next, sigma_data),
+              edm::Conditioning{pointer(first_observation), pointer(actions), horizon, observation_dim, action_dim},
+              stream...);
+    }, release);
+    m.def("heun", [heun](Address x_hat, Address x, Address network, Address x_new, uint32_t rows, double sigma_hat,
+                         double sigma_next, double sigma_data, Address first_observation, Address actions,
+                         uint32_t horizon, uint32_t observation_dim, uint32_t action_dim, Stream... stream) {
+        heun(pointer(x_hat), pointer(x), pointer(network), pointer(x_new), rows,
+             edm::HeunCoefficients(sigma_hat, sigma_next, sigma_data),
+             edm::Conditioning{pointer(first_observation), pointer(actions), horizon, observation_dim, action_dim},
+             stream...);
+    }, release);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_edm, m) {
+    m.doc() = "EDM sampler steps on raw addresses; dydiff.kernels.edm is the interface.";
+    bind<>(m.def_submodule("cpu"), edm::cpu::churn, edm::cpu::euler, edm::cpu::heun);
+#ifdef DYDIFF_WITH_CUDA
+    py::module_ cuda = m.def_submodule("cuda");
+    bind<Address>(cuda, edm::cuda::churn, edm::cuda::euler, edm::cuda::heun);
+    cuda.def("obstacle", &edm::cuda::obstacle);
+#endif
+}

@@ -1,0 +1,180 @@
+"""CQL(H) (arXiv 2006.04779): soft actor-critic whose critics are pushed down on actions that the data do not hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dydiff.agents.updates import descend, load_optimizer, make_adam, make_target, move_target
+from dydiff.data.transitions import Transitions
+from dydiff.networks.ensemble import EnsembleMLP
+from dydiff.networks.policy import TanhGaussianPolicy
+
+
+class CQLNoise(NamedTuple):
+    """Randomness of one update; R is `num_random`."""
+
+    next_action: Tensor  # [B, A] normal: the target's action
+    policy_action: Tensor  # [B, A] normal: the policy loss's action
+    random_actions: Tensor  # [B, R, A] uniform in [-1, 1]: actions themselves
+    current_actions: Tensor  # [B, R, A] normal: policy samples at the observation
+    next_actions: Tensor  # [B, R, A] normal: policy samples at the next observation
+
+
+class CQL:
+    """Twin soft critics with a conservative term, `min_q_weight (log-integral exp Q - Q(data))`; in policy space.
+
+    `alpha` is the entropy temperature: its start when `auto_entropy` tunes it towards an entropy of -A, else its value.
+    `entropy_backup` adds the entropy to the critics' target (off, as in the paper's D4RL runs).
+    """
+
+    def __init__(
+        self,
+        observation_dim: int,
+        action_dim: int,
+        hidden_dims: Sequence[int] = (256, 256),
+        discount: float = 0.99,
+        tau: float = 0.005,
+        policy_lr: float = 1e-4,
+        qf_lr: float = 3e-4,
+        alpha: float = 1.0,
+        auto_entropy: bool = True,
+        entropy_backup: bool = False,
+        min_q_weight: float = 5.0,
+        num_random: int = 10,
+        device: torch.device | str = "cpu",
+        generator: torch.Generator | None = None,
+    ):
+        self.action_dim = action_dim
+        self.discount = discount
+        self.tau = tau
+        self.auto_entropy = auto_entropy
+        self.entropy_backup = entropy_backup
+        self.min_q_weight = min_q_weight
+        self.num_random = num_random
+        self.target_entropy = -float(action_dim)
+        self.device = torch.device(device)
+        self.policy = TanhGaussianPolicy(observation_dim, action_dim, hidden_dims, generator=generator).to(self.device)
+        self.critics = EnsembleMLP(2, observation_dim + action_dim, hidden_dims, 1, generator=generator).to(self.device)
+        self.target_critics = make_target(self.critics)
+        self.log_alpha = torch.tensor(math.log(alpha), device=self.device, requires_grad=True)
+        self.policy_optimizer = make_adam(self.policy.parameters(), policy_lr)
+        self.critic_optimizer = make_adam(self.critics.parameters(), qf_lr)
+        self.alpha_optimizer = make_adam([self.log_alpha], policy_lr)
+        self.step = 0
+
+    @torch.no_grad()
+    def act(self, observation: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Deterministic action `[B, A]` of `observation [B, O]`; `generator` is not needed."""
+        return self.policy.mean_action(observation)
+
+    def act_for_evaluation(self, observation: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The same as `act`."""
+        return self.act(observation)
+
+    def draw_noise(self, batch_size: int, generator: torch.Generator) -> CQLNoise:
+        """All randomness of one update."""
+        single = (2, batch_size, self.action_dim)
+        several = (batch_size, self.num_random, self.action_dim)
+        normal = torch.randn(single, generator=generator, device=generator.device).to(self.device)
+        normals = torch.randn((2, *several), generator=generator, device=generator.device).to(self.device)
+        uniform = torch.rand(several, generator=generator, device=generator.device).to(self.device)
+        return CQLNoise(normal[0], normal[1], 2 * uniform - 1, normals[0], normals[1])
+
+    def critic_loss(self, batch: Transitions, noise: CQLNoise) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss of each critic `[2]`, its conservative part before the weight `[2]`, and the values `[2, B]`."""
+        with torch.no_grad():
+            next_action, next_log_prob = self.policy.sample_with_log_prob(batch.next_observation, noise.next_action)
+            next_value = _evaluate(self.target_critics, batch.next_observation, next_action).amin(dim=0)
+            if self.entropy_backup:
+                next_value = next_value - self.log_alpha.exp() * next_log_prob
+            target = batch.reward + self.discount * (1 - batch.terminal) * next_value
+        value = _evaluate(self.critics, batch.observation, batch.action)
+        conservative = self._soft_maximum(batch, noise).mean(dim=1) - value.mean(dim=1)
+        return (value - target).square().mean(dim=1) + self.min_q_weight * conservative, conservative, value
+
+    def _soft_maximum(self, batch: Transitions, noise: CQLNoise) -> Tensor:
+        """Log of the integral of exp Q over all actions, `[2, B]`, by importance sampling (appendix F): a third of the
+        actions each is uniform, from the policy here, and from the policy at the next observation."""
+        with torch.no_grad():
+            current, current_log_prob = self.policy.sample_with_log_prob(
+                batch.observation[:, None], noise.current_actions
+            )
+            following, following_log_prob = self.policy.sample_with_log_prob(
+                batch.next_observation[:, None], noise.next_actions
+            )
+            uniform_log_prob = torch.full_like(current_log_prob, -self.action_dim * math.log(2))
+            action = torch.cat([noise.random_actions, current, following], dim=1)  # [B, 3R, A]
+            log_prob = torch.cat([uniform_log_prob, current_log_prob, following_log_prob], dim=1)  # [B, 3R]
+            observation = batch.observation[:, None].expand(-1, action.shape[1], -1)
+        value = _evaluate(self.critics, observation.flatten(0, 1), action.flatten(0, 1)).view(2, *log_prob.shape)
+        return torch.logsumexp(value - log_prob, dim=2) - math.log(log_prob.shape[1])
+
+    def policy_loss(self, batch: Transitions, noise: CQLNoise) -> tuple[Tensor, Tensor]:
+        """`mean(alpha log pi - min Q)`, 0-dim, and log pi `[B]`."""
+        action, log_prob = self.policy.sample_with_log_prob(batch.observation, noise.policy_action)
+        value = _evaluate(self.critics, batch.observation, action).amin(dim=0)
+        return (self.log_alpha.detach().exp() * log_prob - value).mean(), log_prob
+
+    def variant(self) -> tuple[bool, ...]:
+        """What the host's step counter decides for the next update: nothing."""
+        return ()
+
+    def apply_update(self, batch: Transitions, noise: CQLNoise, variant: tuple[bool, ...]) -> dict[str, Tensor]:
+        """The device work of one update, free of host synchronisation."""
+        critic_loss, conservative, value = self.critic_loss(batch, noise)
+        descend(self.critic_optimizer, critic_loss.sum(), list(self.critics.parameters()))
+        policy_loss, log_prob = self.policy_loss(batch, noise)
+        descend(self.policy_optimizer, policy_loss, list(self.policy.parameters()))
+        if self.auto_entropy:
+            alpha_loss = -self.log_alpha * (log_prob.detach().mean() + self.target_entropy)
+            descend(self.alpha_optimizer, alpha_loss, [self.log_alpha])
+        move_target(self.target_critics, self.critics, self.tau)
+        return {
+            "critic_loss": critic_loss.detach().sum(),
+            "conservative_loss": conservative.detach().sum(),
+            "q_mean": value.detach().mean(),
+            "policy_loss": policy_loss.detach(),
+            "entropy": -log_prob.detach().mean(),
+            "alpha": self.log_alpha.detach().exp(),
+        }
+
+    def update(self, batch: Transitions, noise: CQLNoise) -> dict[str, Tensor]:
+        """One gradient step of critics, policy and temperature; returns 0-dim device tensors."""
+        log = self.apply_update(batch, noise, self.variant())
+        self.step += 1
+        return log
+
+    def end_epoch(self) -> None:
+        """Nothing changes between epochs."""
+
+    def state_dict(self) -> dict:
+        """Networks, targets, temperature, optimizers and the step counter (references, not copies)."""
+        return {
+            "policy": self.policy.state_dict(),
+            "critics": self.critics.state_dict(),
+            "target_critics": self.target_critics.state_dict(),
+            "log_alpha": self.log_alpha.detach(),
+            "policy_optimizer": self.policy_optimizer.state_dict(),
+            "critic_optimizer": self.critic_optimizer.state_dict(),
+            "alpha_optimizer": self.alpha_optimizer.state_dict(),
+            "step": self.step,
+        }
+
+    def load_state_dict(self, tree: dict) -> None:
+        """Continue where `state_dict` was taken."""
+        for name in ("policy", "critics", "target_critics"):
+            getattr(self, name).load_state_dict(tree[name])
+        with torch.no_grad():
+            self.log_alpha.copy_(tree["log_alpha"])
+        for name in ("policy_optimizer", "critic_optimizer", "alpha_optimizer"):
+            load_optimizer(getattr(self, name), tree[name])
+        self.step = tree["step"]
+
+
+def _evaluate(critics: EnsembleMLP, observation: Tensor, action: Tensor) -> Tensor:
+    return critics(torch.cat([observation, action], dim=-1)).squeeze(-1)  # [2, B]

@@ -1,0 +1,244 @@
+"""The command line: `dydiff COMMAND`, and the older entry points train.py and run_experiment.py on top of it.
+
+Only the standard library is imported before a command is known to be valid, so that `--help` and typing mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from dydiff.errors import DydiffError
+
+RUNS = "training-runs"  # where runs go, and where stages look for each other's results
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that refuses abbreviations and names the nearest valid option for an unknown one."""
+
+    def __init__(self, **settings: object):
+        super().__init__(**settings, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        options = [option for action in self._actions for option in action.option_strings]
+        for word in message.split():
+            near = difflib.get_close_matches(word.partition("=")[0], options, n=1) if word.startswith("-") else []
+            if "unrecognized" in message and near:
+                message += f" (did you mean {near[0]}?)"
+        super().error(message)
+
+
+def parse_bool(text: str) -> bool:
+    """True and False as people type them: True, false, 1, no, ..."""
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither True nor False")
+    return words[text.lower()]
+
+
+def parse_ints(text: str) -> list[int]:
+    """A comma-separated list of whole numbers, as in 1,4,8."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of whole numbers such as 1,4,8") from error
+
+
+def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
+    """A number of the given kind above 0."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def add_train_options(parser: argparse.ArgumentParser) -> None:
+    """The options of train.py (SPEC section 9)."""
+    number, count = positive(float), positive(int)
+    parser.add_argument("-m", "--dataset", required=True, help="dataset: D4RL name, local name, or path to an HDF5 file")
+    parser.add_argument("--outdir", default=RUNS, help="where the run folder goes")
+    parser.add_argument("--name", default="", help="added to the run folder's name")
+    parser.add_argument("--max_length_of_trajectory", type=count, default=100, help="horizon H of the model, in rows")
+    parser.add_argument("--rl_model_type", default="UNet_RL", help="network: UNet_RL, Transformer_RL or MLP_RL")
+    parser.add_argument("--dim", type=count, default=None, help="base width of the network (default: the network's own)")
+    parser.add_argument("--dim_mults", type=parse_ints, default=[1, 4, 8], help="UNet_RL's widths by level, times dim")
+    parser.add_argument("--include_action", type=parse_bool, default=True, help="model actions beside observations")
+    parser.add_argument("--use_cond", type=parse_bool, default=True, help="show the clean first observation in training")
+    parser.add_argument("--cond_on_action", type=parse_bool, default=True, help="show the clean actions in training")
+    parser.add_argument("--batch", type=count, default=8, help="windows per update")
+    parser.add_argument("--batch-gpu", type=count, default=None, help="at most so many windows at a time (memory)")
+    parser.add_argument("--duration", type=number, default=4.0, help="length of training, in millions of windows")
+    parser.add_argument("--tick", type=number, default=1.0, help="how often to log, in thousands of windows")
+    parser.add_argument("--snap", type=int, default=0, help="write a snapshot of the model every so many ticks (0: never)")
+    parser.add_argument("--dump", type=count, default=50, help="write the state for --resume every so many ticks")
+    parser.add_argument("--lr", type=number, default=1e-3, help="Adam's step size, reached after 10 million windows")
+    parser.add_argument("--ema", type=number, default=0.5, help="half-life of the weights' average, in millions of windows")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    parser.add_argument("--device", default="auto", help="cuda:0, cpu, ...; auto takes a GPU if there is one")
+    parser.add_argument("--resume", default=None, metavar="RUN", help="run folder to continue with the same options")
+    parser.add_argument("-n", "--dry-run", action="store_true", help="load and check everything, print it, and stop")
+
+
+def run_train(options: argparse.Namespace) -> None:
+    """Train a diffusion model."""
+    if options.cond_on_action and not options.include_action:
+        raise DydiffError("--cond_on_action=True needs --include_action=True: there are no actions to condition on.")
+    from dydiff.device import find_device
+    from dydiff.runs import find_unfinished, new_folder
+    from dydiff.stages import train_diffusion
+
+    network = {
+        "kind": options.rl_model_type,
+        "horizon": options.max_length_of_trajectory,
+        "dim": options.dim,
+        "dim_mults": options.dim_mults,
+    }
+    work = {
+        "dataset_name": options.dataset,
+        "network": network,
+        "include_action": options.include_action,
+        "use_cond": options.use_cond,
+        "cond_on_action": options.cond_on_action,
+        "batch_size": options.batch,
+        "micro_batch": options.batch_gpu,
+        "duration": round(options.duration * 1e6),
+        "tick": max(round(options.tick * 1e3), 1),
+        "lr": options.lr,
+        "half_life": options.ema * 1e6,
+        "seed": options.seed,
+    }
+    device = find_device(options.device)
+    if options.resume is not None:
+        folder = find_unfinished(Path(options.resume), work)
+    elif options.dry_run:
+        folder = Path(options.outdir)
+    else:
+        label = f"{Path(options.dataset).stem}-{options.rl_model_type}-H{options.max_length_of_trajectory}"
+        folder = new_folder(Path(options.outdir), "-".join(filter(None, [label, f"s{options.seed}", options.name])))
+    train_diffusion(
+        **work,
+        folder=folder,
+        settings=work,
+        snapshot_ticks=options.snap,
+        state_ticks=options.dump,
+        device=device,
+        dry_run=options.dry_run,
+    )
+    if not options.dry_run:
+        print(f"Diffusion model: {folder / 'model.safetensors'}")
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """The options of run_experiment.py (SPEC section 9)."""
+    parser.add_argument("-e", "--experiment", required=True, help="experiment file (YAML)")
+    parser.add_argument("--dataset", default=None, help="another dataset, with its entry in exp_specs/datasets.yaml applied")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override any setting; repeatable")
+    parser.add_argument("--device", default=None, help="cpu, cuda:0, ...; default: the file's gpu ids")
+    parser.add_argument("--outdir", default=RUNS, help="where run folders go and trained models are looked for")
+    parser.add_argument("--resume", action="store_true", help="continue this experiment's unfinished runs, skip finished ones")
+
+
+def run_experiment(options: argparse.Namespace) -> None:
+    """Run every variant of an experiment file."""
+    from dydiff.workers import run_all
+
+    run_all(options.experiment, options.set, options.dataset, options.device, Path(options.outdir), options.resume)
+
+
+def add_worker_options(parser: argparse.ArgumentParser) -> None:
+    add_run_options(parser)
+    parser.add_argument("--variant", type=int, required=True)
+    parser.add_argument("--folder", required=True)
+
+
+def run_worker(options: argparse.Namespace) -> None:
+    """Run one variant in a given folder: what `run` starts for each of several variants."""
+    from dydiff.workers import run_one
+
+    run_one(
+        *(options.experiment, options.set, options.dataset, options.device, Path(options.outdir)),
+        index=options.variant,
+        folder=Path(options.folder),
+    )
+
+
+def add_collect_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", help="dataset to make, for example maze2d-umaze-local or hopper-random-local")
+    parser.add_argument("--steps", type=positive(int), default=1_000_000, help="environment steps")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    parser.add_argument("--path", default=None, help="file to write (default: the dataset's place in the cache folder)")
+
+
+def run_collect(options: argparse.Namespace) -> None:
+    """Make a dataset with a local behaviour policy, in D4RL's schema."""
+    from dydiff.collect import collect
+
+    print(f"Dataset: {collect(options.name, options.steps, options.seed, options.path)}")
+
+
+def add_report_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--outdir", default=RUNS, help="folder with the runs to report on")
+    parser.add_argument("--dataset", required=True, help="dataset that the runs were trained on")
+    parser.add_argument("--starts", type=positive(int), default=64, help="rollouts that are compared with the simulator")
+    parser.add_argument("--seed", type=int, default=0, help="of the comparison")
+
+
+def run_report(options: argparse.Namespace) -> None:
+    """Compare trained models with the simulator and policies with each other; prints tables, draws PNGs."""
+    from dydiff.report import report
+
+    report(Path(options.outdir), options.dataset, options.starts, options.seed)
+
+
+COMMANDS = {
+    "train": (add_train_options, run_train),
+    "run": (add_run_options, run_experiment),
+    "collect": (add_collect_options, run_collect),
+    "report": (add_report_options, run_report),
+    "worker": (add_worker_options, run_worker),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The `dydiff` command; returns the exit status."""
+    parser = Parser(prog="dydiff", description="Policy-injected trajectory diffusion for offline reinforcement learning.")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    for name, (add_options, run) in COMMANDS.items():
+        hidden = {} if name == "worker" else {"help": run.__doc__}
+        add_options(subparsers.add_parser(name, description=run.__doc__, **hidden))
+    options = parser.parse_args(arguments)
+    return guarded(COMMANDS[options.command][1], options)
+
+
+def main_of(command: str, prog: str, arguments: Sequence[str] | None = None) -> int:
+    """One command as a program of its own, for train.py and run_experiment.py."""
+    add_options, run = COMMANDS[command]
+    parser = Parser(prog=prog, description=run.__doc__)
+    add_options(parser)
+    return guarded(run, parser.parse_args(arguments))
+
+
+def guarded(run: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
+    """Run a command; a DydiffError becomes one paragraph on stderr and status 1."""
+    try:
+        run(options)
+    except DydiffError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted before anything could be saved.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,29 @@
+"""Offline data: D4RL files, transitions, windows, the three spaces."""
+
+from dydiff.data.d4rl import dataset_path, dataset_url, environment_of, max_episode_steps, normalized_score
+from dydiff.data.dataset import COLLECTOR, Dataset, dataset_from_arrays, load_dataset
+from dydiff.data.spaces import Limits, Spaces, ZScore
+from dydiff.data.transitions import Transitions, make_transitions
+from dydiff.data.windows import PADDING, Windows, find_windows
+from dydiff.data.writer import write_dataset
+
+__all__ = [
+    "COLLECTOR",
+    "PADDING",
+    "Dataset",
+    "Limits",
+    "Spaces",
+    "Transitions",
+    "Windows",
+    "ZScore",
+    "dataset_from_arrays",
+    "dataset_path",
+    "dataset_url",
+    "environment_of",
+    "find_windows",
+    "load_dataset",
+    "make_transitions",
+    "max_episode_steps",
+    "normalized_score",
+    "write_dataset",
+]

@@ -1,0 +1,48 @@
+"""Write a dataset in D4RL's schema, so that any D4RL reader can use it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from dydiff.data.dataset import Scalar, dataset_from_arrays
+
+
+def write_dataset(path: str | Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Scalar]) -> Path:
+    """Write arrays and metadata to a gzip-compressed HDF5 file in D4RL's flat schema, whole or not at all.
+
+    arrays: observations [N, O], actions [N, A], rewards [N], terminals [N] and any of timeouts [N],
+    next_observations [N, O], infos/qpos [N, ...], infos/qvel [N, ...]; each keeps its dtype. metadata: one text or
+    number per key, stored as a scalar under `metadata/`. Folders are made. Returns the path.
+    Raises DydiffError for arrays that `load_dataset` would refuse.
+    """
+    path = Path(path).expanduser()
+    dataset_from_arrays(arrays, path.name, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A reader sees the old file or the whole new one, never a part: rename is atomic within a folder.
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with h5py.File(part, "w") as file:
+            for key, values in arrays.items():
+                file.create_dataset(key, data=values, compression="gzip")
+            for key, value in metadata.items():
+                file[f"metadata/{key}"] = value
+        _flush(part)
+        os.replace(part, path)
+        _flush(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def _flush(path: Path) -> None:
+    """Force a file's or a folder's content onto the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

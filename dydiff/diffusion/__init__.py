@@ -1,0 +1,1 @@
+"""The trajectory-diffusion model: preconditioning and loss, samplers, training."""

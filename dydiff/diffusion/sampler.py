@@ -1,0 +1,62 @@
+"""The stochastic Heun sampler of EDM with inpainting (arXiv 2206.00364, algorithm 2; SPEC section 3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dydiff.diffusion.edm import Denoiser
+from dydiff.kernels import edm, reference
+
+Draw = Callable[[tuple[int, ...]], Tensor]  # shape -> standard normal numbers, in the order in which they are consumed
+
+
+@torch.no_grad()
+def sample_edm(
+    denoiser: Denoiser,
+    shape: tuple[int, int, int],
+    draw: Draw,
+    first_observation: Tensor | None = None,
+    actions: Tensor | None = None,
+    num_steps: int = 34,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float = 7.0,
+    s_churn: float = 60.0,
+    s_min: float = 0.36995,
+    s_max: float = 52.242,
+    s_noise: float = 1.002,
+    backend: str = "auto",
+) -> Tensor:
+    """Sample trajectories in model space; 2 num_steps - 1 network evaluations.
+
+    Shapes: `shape` is (B, H, D); first_observation [B, O] and actions [B, H, A] overwrite row 0's observations and all actions
+    after every update (None: left free); returns [B, H, D]. `draw` is called for the latents and then once a step.
+
+    Raises:
+        DydiffError: `backend="extension"` where the compiled step is not available.
+    """
+    network, sigma_data = denoiser.network, denoiser.sigma_data
+    schedule = reference.noise_schedule(num_steps, sigma_min, sigma_max, rho)
+    x = draw(shape) * schedule[0]
+    backend = edm.available_backend(x.device, x.dtype) if backend == "auto" else backend
+    condition = {"first_observation": first_observation, "actions": actions, "sigma_data": sigma_data, "backend": backend}
+
+    def evaluate(model_input: Tensor, sigma: float) -> Tensor:
+        # One noise label for the whole batch: the network broadcasts what it derives from it.
+        return network(model_input, model_input.new_full((1,), math.log(sigma) / 4)).contiguous()
+
+    x = reference.inpaint(x, first_observation, actions)
+    for sigma, sigma_next in zip(schedule, schedule[1:], strict=False):
+        sigma_hat = reference.churned(sigma, num_steps, s_churn, s_min, s_max)
+        noise = draw(shape)
+        x_hat, model_input = edm.churn_step(x, noise, sigma, sigma_hat, s_noise, sigma_data=sigma_data, backend=backend)
+        output = evaluate(model_input, sigma_hat)
+        x, model_input = edm.euler_step(x_hat, output, sigma_hat, sigma_next, **condition)
+        if sigma_next > 0:
+            output = evaluate(model_input, sigma_next)
+            x = edm.heun_step(x_hat, x, output, sigma_hat, sigma_next, **condition)
+    return x

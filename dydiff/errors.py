@@ -1,0 +1,8 @@
+"""The one exception that reaches people: what is wrong, where, and what to do about it."""
+
+
+class DydiffError(Exception):
+    """A mistake in the input or on the machine, told in one paragraph that names the culprit and the remedy.
+
+    Entry points print the message and exit with status 1; anything else that escapes is a defect of dydiff.
+    """

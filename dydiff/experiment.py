@@ -1,0 +1,211 @@
+"""Experiment files: YAML with `meta_data`, `variables` and `constants`, turned into fully resolved variants (SPEC section 9)."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dydiff.config import (
+    Constants,
+    CQLParams,
+    DiffQLParams,
+    DynModelParams,
+    MetaData,
+    ModelParams,
+    TD3BCParams,
+    from_mapping,
+    unknown_key,
+)
+from dydiff.errors import DydiffError
+
+MAX_VARIANTS = 10_000
+STAGE_SECTIONS = {"dyn_model_params": "dynamics", "model_params": "reward"}
+SCRIPT_WORDS = {"dyn": "dynamics", "rew": "reward", "td3": "td3_bc", "diffql": "diffusion_ql", "cql": "cql"}
+ALGORITHMS = {"td3_bc_params": "td3_bc", "diffql_params": "diffusion_ql", "cql_params": "cql"}
+SECTION_DEFAULTS = {
+    "model_params": ModelParams,
+    "dyn_model_params": DynModelParams,
+    "td3_bc_params": TD3BCParams,
+    "diffql_params": DiffQLParams,
+    "cql_params": CQLParams,
+}
+
+
+@dataclass
+class Variant:
+    """One run of an experiment: what is trained, with which settings, and what sets it apart from its siblings."""
+
+    stage: str  # dynamics, reward, td3_bc, diffusion_ql or cql
+    constants: Constants
+    choices: dict[str, Any]  # the `variables` of this run
+
+    @property
+    def is_policy(self) -> bool:
+        return self.stage in ALGORITHMS.values()
+
+
+@dataclass
+class Experiment:
+    meta: MetaData
+    variants: list[Variant]
+
+
+def load_experiment(path: str | Path, overrides: list[str] = (), dataset: str | None = None) -> Experiment:
+    """Read an experiment file and resolve its variants.
+
+    `overrides` are `key=value` texts with dotted keys (`rl_trainer_params.num_epochs=2`, `meta_data.num_workers=2`), values in
+    YAML; they win over `constants` and `variables`. `dataset` replaces `dataset_name` and, below the file's own settings,
+    applies what `datasets.yaml` (in the file's folder or one above it) says about that dataset.
+
+    Raises:
+        DydiffError: the file cannot be read, or holds an unknown key, a wrong type, no variants or too many.
+    """
+    path = Path(path)
+    content = _read_yaml(path)
+    for key in content:
+        if key not in ("meta_data", "variables", "constants"):
+            raise unknown_key(f"{path}: {key}", str(key), ["meta_data", "variables", "constants"])
+    constants = _mapping(content, "constants", path)
+    if dataset is not None:
+        constants = _merge(_dataset_differences(path, dataset, constants), constants)
+        constants["dataset_name"] = dataset
+    variables = _flatten(_mapping(content, "variables", path))
+    meta_data = _mapping(content, "meta_data", path)
+    sections = {key.split(".")[0] for key in (*constants, *variables)}  # those of the file: an override asks for nothing new
+    if dataset is not None:
+        variables.pop("dataset_name", None)
+    for text in overrides:
+        key, value = _parse_override(text)
+        variables.pop(key, None)
+        if key.startswith("meta_data."):
+            _assign(meta_data, key.removeprefix("meta_data."), value, text)
+        elif key.startswith("variables."):
+            variables[key.removeprefix("variables.")] = value
+        else:
+            _assign(constants, key, value, text)
+    meta = from_mapping(MetaData, meta_data, f"{path.name}: meta_data")
+    stage = _find_stage(sections, meta.script_path, path)
+    return Experiment(meta, _expand(constants, variables, stage, path))
+
+
+def _expand(constants: dict, variables: dict[str, Any], stage: str, path: Path) -> list[Variant]:
+    for key, values in variables.items():
+        if not isinstance(values, list) or not values:
+            raise DydiffError(f"{path.name}: variable '{key}' must be a non-empty list of values, not {values!r}.")
+    count = math.prod(len(values) for values in variables.values())
+    if count > MAX_VARIANTS:
+        raise DydiffError(f"{path.name} expands to {count:,} variants; the limit is {MAX_VARIANTS:,}. Shorten its 'variables'.")
+    variants = []
+    for values in itertools.product(*variables.values()):
+        choices = dict(zip(variables, values, strict=True))
+        resolved = copy.deepcopy(constants)
+        for key, value in choices.items():
+            _assign(resolved, key, value, f"variables.{key}")
+        settings = from_mapping(Constants, resolved, f"{path.name}: constants")
+        if not settings.dataset_name:
+            raise DydiffError(f"{path.name}: constants.dataset_name is missing; name a dataset or give a path to a file.")
+        variants.append(Variant(stage, _complete(settings, stage), choices))
+    return variants
+
+
+def _find_stage(sections: set[str], script_path: str, path: Path) -> str:
+    """What an experiment trains: told by its sections; `script_path` decides between models, and may not contradict."""
+    stages = [name for section, name in ALGORITHMS.items() if section in sections]
+    stages = stages or [name for section, name in STAGE_SECTIONS.items() if section in sections]
+    script = Path(script_path).name.lower()
+    named = [stage for word, stage in SCRIPT_WORDS.items() if word in script]
+    if named and stages and not set(named) & set(stages):
+        raise DydiffError(
+            f"{path.name}: meta_data.script_path '{script_path}' names {named[0]}, but the sections in 'constants' ask for "
+            f"{' and '.join(stages)}. Correct one of them."
+        )
+    stages = [stage for stage in stages if stage in named] or stages
+    if len(stages) != 1:
+        found = " and ".join(stages) or "none of them"
+        raise DydiffError(
+            f"{path.name}: cannot tell what to train. 'constants' needs exactly one of td3_bc_params, diffql_params, cql_params "
+            f"(a policy), or else one of dyn_model_params (dynamics) and model_params (reward); it asks for {found}."
+        )
+    return stages[0]
+
+
+def _complete(settings: Constants, stage: str) -> Constants:
+    """Fill the sections that the stage uses and the file leaves out, so that every run folder shows the complete settings."""
+    filled = {}
+    for section, defaults in SECTION_DEFAULTS.items():
+        if section not in ALGORITHMS or ALGORITHMS[section] == stage:
+            filled[section] = getattr(settings, section) or defaults()
+    return dataclasses.replace(settings, **filled)
+
+
+def _dataset_differences(path: Path, dataset: str, constants: dict) -> dict:
+    """The entry of `datasets.yaml` for a dataset, less the sections that this experiment does not have."""
+    for folder in path.resolve().parents:
+        candidate = folder / "datasets.yaml"
+        if candidate.is_file():
+            entry = _read_yaml(candidate).get(dataset) or {}
+            return {key: value for key, value in entry.items() if key not in ALGORITHMS or key in constants}
+    return {}
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise DydiffError(f"Cannot read '{path}': {error.strerror or error}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DydiffError(f"'{path}' is not plain YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict):
+        raise DydiffError(f"'{path}' must be a YAML mapping, not {type(content).__name__}.")
+    return content
+
+
+def _mapping(content: dict, key: str, path: Path) -> dict:
+    value = content.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise DydiffError(f"{path.name}: '{key}' must be a mapping, not {value!r}.")
+    return copy.deepcopy(value or {})
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise DydiffError(f"--set takes key=value, for example rl_trainer_params.num_epochs=2; '{text}' is not of that form.")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise DydiffError(f"--set {text}: the value is not YAML ({' '.join(str(error).split())}).") from error
+
+
+def _assign(tree: dict, dotted: str, value: Any, source: str) -> None:
+    *parents, last = dotted.split(".")
+    for name in parents:
+        if tree.get(name) is None:
+            tree[name] = {}
+        tree = tree[name]
+        if not isinstance(tree, dict):
+            raise DydiffError(f"'{source}': '{name}' is a value, not a section with settings of its own.")
+    tree[last] = value
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested variables to dotted keys: lists are the leaves."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _merge(below: dict, above: dict) -> dict:
+    merged = copy.deepcopy(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged

@@ -1,0 +1,62 @@
+"""The plain multilayer perceptron behind critics, policies and one-step models."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dydiff.errors import DydiffError
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "mish": F.mish,
+    "gelu": F.gelu,
+    "tanh": torch.tanh,
+}
+
+
+def find_activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The elementwise function called `name`; DydiffError with the nearest name when there is none."""
+    if name not in ACTIVATIONS:
+        near = difflib.get_close_matches(name, ACTIVATIONS, n=1, cutoff=0.0)[0]
+        raise DydiffError(f"Unknown activation '{name}': did you mean '{near}'? Valid names: {', '.join(ACTIVATIONS)}.")
+    return ACTIVATIONS[name]
+
+
+class MLP(nn.Module):
+    """Linear layers with an activation between them: `[..., input_dim]` -> `[..., output_dim]`.
+
+    Parameters are called `layers.i.weight [out, in]` and `layers.i.bias [out]`. Both start uniform in ±1/sqrt(fan-in)
+    and are drawn from `generator` (a CPU generator; None takes torch's global one). Raises DydiffError for an unknown
+    activation.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        hidden_dims: Sequence[int],
+        output_dim: int,
+        activation: str = "relu",
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        self.activation = find_activation(activation)
+        dims = [input_dim, *hidden_dims, output_dim]
+        # skip_init: nn.Linear would draw weights from the global generator only to have them overwritten here.
+        self.layers = nn.ModuleList(
+            nn.utils.skip_init(nn.Linear, fan_in, fan_out) for fan_in, fan_out in zip(dims[:-1], dims[1:], strict=True)
+        )
+        for layer in self.layers:
+            bound = layer.in_features**-0.5
+            nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
+            nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = self.activation(layer(x))
+        return self.layers[-1](x)

@@ -1,0 +1,51 @@
+"""Progress bars with an ETA that also read well in a log file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm
+
+SHOWN = ("evaluation/return", "evaluation/normalized_score", "rollout/score", "holdout_error", "best_holdout_error", "loss")
+
+
+class Progress:
+    """One bar for one run: `begin` sets its length, `advance` moves it, `watch` adds each epoch's figures."""
+
+    def __init__(self, label: str):
+        self.label = label
+        self._bar: tqdm | None = None
+
+    def begin(self, total: int, unit: str) -> None:
+        # On a terminal the bar is redrawn often; in a log file every redraw is a line.
+        interval = 0.2 if sys.stderr.isatty() else 20.0
+        self._bar = tqdm(total=total, desc=self.label, unit=f" {unit}", mininterval=interval, dynamic_ncols=True)
+
+    def advance(self, count: int) -> None:
+        if self._bar is not None:
+            self._bar.update(count)
+
+    def say(self, text: str) -> None:
+        """Print a line without tearing the bar."""
+        tqdm.write(text, file=sys.stderr)
+
+    def watch(self, stage: Any, one_by_one: bool) -> Callable[[dict[str, float]], None]:
+        """A callback for `runs.drive`; `one_by_one` advances the bar by an epoch, otherwise the stage advances it itself."""
+
+        def on_epoch(record: dict[str, float]) -> None:
+            figures = {name.split("/")[-1]: f"{record[name]:.4g}" for name in SHOWN if name in record}
+            if self._bar is not None:
+                self._bar.set_postfix(epoch=stage.epoch, **figures, refresh=False)
+            if one_by_one:
+                self.advance(1)
+
+        return on_epoch
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()

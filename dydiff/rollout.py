@@ -1,0 +1,152 @@
+"""The method: long rollouts of the learning policy inside the trajectory-diffusion model (SPEC section 5).
+
+An autoregressive start with the single-step dynamics gives a first guess; then, a few times over, the diffusion model samples
+trajectories around the policy's actions, the two are averaged, and the policy relabels every action.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dydiff.data import Spaces, Transitions
+from dydiff.diffusion.edm import Denoiser
+from dydiff.diffusion.sampler import Draw, sample_edm
+from dydiff.dynamics import DynamicsEnsemble
+from dydiff.errors import DydiffError
+from dydiff.reward import RewardModel
+
+Policy = Callable[[Tensor], Tensor]  # observation [B, O] -> action [B, A], both in policy space
+
+
+class Trajectory(NamedTuple):
+    """B rollouts of H rows; row h holds the observation and the action taken in it."""
+
+    observation: Tensor  # [B, H, O]
+    action: Tensor  # [B, H, A]
+
+
+class RolloutEngine:
+    """Rolls a policy forward for a whole horizon from given start observations, all of it on the models' device.
+
+    `denoisers` are one or more diffusion models of the same spaces and horizon; with several, every start is assigned to one of
+    them at random. `sampler` holds `sample_edm`'s settings. `chunk_size` bounds how many starts are computed at a time.
+
+    Raises:
+        DydiffError: no diffusion model, or a chunk that holds nothing.
+    """
+
+    def __init__(
+        self,
+        denoisers: Sequence[Denoiser],
+        dynamics: DynamicsEnsemble,
+        spaces: Spaces,
+        horizon: int,
+        iterations: int = 2,
+        chunk_size: int = 2048,
+        sampler: dict[str, float] | None = None,
+        backend: str = "auto",
+    ):
+        if not denoisers:
+            raise DydiffError("A rollout needs at least one diffusion model.")
+        if chunk_size < 1:
+            raise DydiffError(f"each_rollout_size must be at least 1, not {chunk_size}.")
+        self.denoisers = list(denoisers)
+        self.dynamics = dynamics
+        self.spaces = spaces
+        self.horizon = horizon
+        self.iterations = iterations
+        self.chunk_size = chunk_size
+        self.sampler = dict(sampler or {})
+        self.backend = backend
+
+    @torch.no_grad()
+    def roll_out(
+        self, policy: Policy, start: Tensor, generator: torch.Generator, draw: Draw | None = None, iterations: int | None = None
+    ) -> Trajectory:
+        """Roll `policy` forward from `start` [B, O]: H rows per start, all in policy space.
+
+        `generator` gives the ensemble members, the model assignment and, unless `draw` gives it, the sampler's noise.
+        `iterations` overrides the engine's; 0 returns the autoregressive start, which is the single-step model's rollout.
+        """
+        draw = draw or (lambda shape: torch.randn(shape, generator=generator, device=start.device))
+        iterations = self.iterations if iterations is None else iterations
+        chunks = [self._roll_out_chunk(policy, part, generator, draw, iterations) for part in start.split(self.chunk_size)]
+        return Trajectory(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+
+    def _roll_out_chunk(
+        self, policy: Policy, start: Tensor, generator: torch.Generator, draw: Draw, iterations: int
+    ) -> Trajectory:
+        """Everything between the first and the last line is in model space; policy and dynamics are wrapped at its edge."""
+        first = self.spaces.observation_policy_to_model(start)
+        observation, action = self._start_autoregressively(policy, first, generator)
+        for _ in range(iterations):
+            sampled = self._sample(first, action, generator, draw)
+            observation = (observation + sampled[..., : self.spaces.observation_dim]) / 2
+            action = self._act(policy, observation)
+        return Trajectory(self.spaces.observation_model_to_policy(observation), self.spaces.action_model_to_policy(action))
+
+    def _act(self, policy: Policy, observation: Tensor) -> Tensor:
+        """The policy's actions for observations [..., O], both in model space."""
+        rows = self.spaces.observation_model_to_policy(observation).flatten(0, -2)
+        return self.spaces.action_policy_to_model(policy(rows)).unflatten(0, observation.shape[:-1])
+
+    def _start_autoregressively(self, policy: Policy, first: Tensor, generator: torch.Generator) -> Trajectory:
+        """The single-step rollout, o[h+1] = f(o[h], policy(o[h])): first [B, O] -> H rows, all in model space."""
+        observations, actions = [first], [self._act(policy, first)]
+        for _ in range(self.horizon - 1):
+            following = self.dynamics.predict(
+                self.spaces.observation_model_to_policy(observations[-1]),
+                self.spaces.action_model_to_policy(actions[-1]),
+                generator,
+            )
+            observations.append(self.spaces.observation_policy_to_model(following))
+            actions.append(self._act(policy, observations[-1]))
+        return Trajectory(torch.stack(observations, dim=1), torch.stack(actions, dim=1))
+
+    def _sample(self, first: Tensor, action: Tensor, generator: torch.Generator, draw: Draw) -> Tensor:
+        """Diffusion samples [B, H, D] around the given first observations and actions."""
+        width = first.shape[-1] + action.shape[-1]
+
+        def sample(denoiser: Denoiser, first: Tensor, action: Tensor) -> Tensor:
+            shape = (len(first), self.horizon, width)
+            return sample_edm(denoiser, shape, draw, first, action, backend=self.backend, **self.sampler)
+
+        if len(self.denoisers) == 1:
+            return sample(self.denoisers[0], first, action)
+        owner = torch.randint(len(self.denoisers), (len(first),), generator=generator, device=first.device)
+        sampled = first.new_empty(len(first), self.horizon, width)
+        for index, denoiser in enumerate(self.denoisers):
+            mine = owner == index
+            if mine.any():
+                sampled[mine] = sample(denoiser, first[mine].contiguous(), action[mine].contiguous())
+        return sampled
+
+
+@torch.no_grad()
+def score(reward_model: RewardModel, trajectory: Trajectory) -> Tensor:
+    """Sum of the modelled reward over all H rows: [B] (SPEC section 6)."""
+    return reward_model(trajectory.observation, trajectory.action).sum(dim=1)
+
+
+@torch.no_grad()
+def make_synthetic_transitions(
+    trajectory: Trajectory, reward_model: RewardModel, is_terminal: Callable[[Tensor], Tensor], spaces: Spaces
+) -> tuple[Transitions, Tensor]:
+    """Cut kept rollouts into transitions (SPEC section 6).
+
+    Each rollout gives (o[h], a[h], r(o[h], a[h]), o[h+1], done[h]) for h = 0 .. H-2 and stops after its first done; `done` is
+    the environment's terminal function on raw next observations. Returns the transitions in policy space, step by step over the
+    rollouts, and the mean number of transitions per rollout (0-dim).
+    """
+    observation, action = trajectory.observation[:, :-1], trajectory.action[:, :-1]  # [K, H-1, ...]
+    following = trajectory.observation[:, 1:]
+    done = is_terminal(spaces.observation_policy_to_raw(following))  # [K, H-1]
+    alive = (done.cumsum(dim=1) - done.int()) == 0  # no done before this step
+    every = Transitions(observation, action, reward_model(observation, action), following, done.float())
+    by_step = alive.T
+    kept = Transitions(*(field.transpose(0, 1)[by_step] for field in every))
+    return kept, alive.sum() / len(alive)

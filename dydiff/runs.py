@@ -1,0 +1,292 @@
+"""Run folders: settings, logs, checkpoints, and how stages find each other's results.
+
+A run folder holds `run.json` (what, on which data, whether it finished), `settings.yaml`, `log.jsonl`, TensorBoard events,
+`state.safetensors` (everything that resuming needs) and the run's products (`model.safetensors`, `agent.safetensors`, ...).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import yaml
+
+from dydiff import __version__
+from dydiff.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from dydiff.data import Dataset
+from dydiff.errors import DydiffError
+
+STATE = "state.safetensors"
+
+
+class Stage(Protocol):
+    """Something that is trained epoch by epoch; the driver below logs, saves and resumes it."""
+
+    epoch: int  # epochs done
+
+    @property
+    def finished(self) -> bool: ...
+
+    def run_epoch(self) -> dict[str, float]:
+        """Train one epoch and return what to log."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that an exact continuation needs, as a tree of tensors and scalars."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def save_products(self, save: Callable[[str, str, Any, dict], None], final: bool) -> None:
+        """Hand the products due after this epoch to `save(file name, kind, tree, manifest)`."""
+
+
+class Run:
+    """One run folder, opened for writing by one process; `about` joins the dataset's name in every manifest.
+
+    Raises:
+        DydiffError: the folder cannot be written, another process works in it, or it holds a run with other settings.
+    """
+
+    def __init__(
+        self, folder: Path, kind: str, dataset: Dataset, settings: dict[str, Any], about: dict[str, Any] | None = None
+    ):
+        self.folder = Path(folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115 - held for the life of the run
+        except OSError as error:
+            raise DydiffError(f"Cannot write to the run folder '{folder}': {error}. Choose another --outdir.") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DydiffError(f"Another process is working in '{folder}'. Wait for it, or choose another --outdir.") from error
+        self.manifest = {"dataset": dataset.name, "fingerprint": dataset.fingerprint, **(about or {})}
+        self._check_same(kind, settings)
+        self.kind = kind
+        self.settings = settings
+        self._write_status("running")
+        write_atomically(self.folder / "settings.yaml", lambda path: path.write_text(yaml.safe_dump(settings, sort_keys=False)))
+        self._board = None
+
+    def _check_same(self, kind: str, settings: dict[str, Any]) -> None:
+        """A resumed run must be the run that was interrupted: on the same data; settings may only say how far to go."""
+        record = read_run(self.folder)
+        if record is None:
+            return
+        theirs = (record["kind"], record["fingerprint"])
+        if theirs != (kind, self.manifest["fingerprint"]):
+            raise DydiffError(
+                f"'{self.folder}' holds a {record['kind']} run on dataset '{record['dataset']}', which is not this {kind} run on "
+                f"'{self.manifest['dataset']}' (or the dataset's content has changed). Resume with the data it was started on."
+            )
+
+    def _write_status(self, status: str) -> None:
+        record = {
+            "kind": self.kind,
+            **self.manifest,
+            "status": status,
+            "dydiff": __version__,
+            "torch": torch.__version__,
+            "updated": time.time(),
+        }
+        write_atomically(self.folder / "run.json", lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
+
+    def save(self, name: str, kind: str, tree: Any, manifest: dict[str, Any]) -> None:
+        """Write one checkpoint of this run; the manifest gains the dataset's name and fingerprint."""
+        save_checkpoint(self.folder / name, kind, tree, {**self.manifest, **manifest})
+
+    def log(self, epoch: int, record: dict[str, float]) -> None:
+        """Append one line to log.jsonl and the same numbers to TensorBoard."""
+        with open(self.folder / "log.jsonl", "a") as file:
+            file.write(json.dumps({"epoch": epoch, **record}) + "\n")
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            self._board = SummaryWriter(str(self.folder), purge_step=epoch, flush_secs=30)
+        for name, value in record.items():
+            self._board.add_scalar(name, value, epoch)
+
+    def restore(self, stage: Stage) -> None:
+        """Load the saved state, if there is one, and forget log lines that come after it."""
+        if (self.folder / STATE).is_file():
+            state, _ = load_checkpoint(self.folder / STATE, "training state")
+            torch.set_rng_state(state["torch_rng"])
+            if state["cuda_rng"] is not None:
+                torch.cuda.set_rng_state_all(state["cuda_rng"])
+            stage.load_state_dict(state["stage"])
+        kept = [line for line in read_log(self.folder) if line["epoch"] <= stage.epoch]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_atomically(self.folder / "log.jsonl", lambda path: path.write_text(text))
+
+    def save_state(self, stage: Stage) -> None:
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+        tree = {"stage": stage.state_dict(), "torch_rng": torch.get_rng_state(), "cuda_rng": cuda}
+        self.save(STATE, "training state", tree, {"epoch": stage.epoch})
+
+    def close(self, status: str) -> None:
+        self._write_status(status)
+        if self._board is not None:
+            self._board.close()
+        self._lock.close()
+
+
+class _Interrupts:
+    """Turn SIGINT and SIGTERM into a flag that is looked at between epochs, so that a stop saves and loses nothing."""
+
+    def __enter__(self) -> _Interrupts:
+        self.received: int | None = None
+        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if self.received is not None:  # a second one means now
+            raise KeyboardInterrupt
+        self.received = number
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+class Interrupted(DydiffError):
+    """The run was stopped by a signal after saving its state."""
+
+
+def drive(stage: Stage, run: Run, save_every: int, on_epoch: Callable[[dict[str, float]], None] = lambda record: None) -> None:
+    """Train a stage to its end inside a run folder: resume, log every epoch, save every `save_every` epochs and on signals.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM arrived; the state is saved and the run can be resumed.
+        DydiffError: whatever the stage raises about its data.
+    """
+    run.restore(stage)
+    status = "failed"
+    try:
+        with _Interrupts() as interrupts:
+            while not stage.finished:
+                record = stage.run_epoch()
+                run.log(stage.epoch, record)
+                on_epoch(record)
+                stage.save_products(run.save, final=stage.finished)
+                if interrupts.received or stage.finished or stage.epoch % save_every == 0:
+                    run.save_state(stage)
+                if interrupts.received and not stage.finished:
+                    status = "interrupted"
+                    raise Interrupted(f"Stopped by signal {interrupts.received} after epoch {stage.epoch}; the state is saved.")
+        status = "finished"
+    finally:
+        run.close(status)
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """The run.json of a folder, or None where there is none that can be read."""
+    try:
+        return json.loads((Path(folder) / "run.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def read_log(folder: Path) -> list[dict[str, float]]:
+    """The records of a run's log.jsonl; a last line that a kill cut short is left out."""
+    try:
+        lines = (Path(folder) / "log.jsonl").read_text().splitlines()
+    except OSError:
+        return []
+    records = []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def list_runs(root: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """All runs under a folder with their run.json, oldest first."""
+    found = [(file.parent, read_run(file.parent)) for file in Path(root).glob("**/run.json")]
+    return sorted(((folder, record) for folder, record in found if record), key=lambda item: item[1]["updated"])
+
+
+def find_run_of(root: Path, settings: dict[str, Any]) -> Path | None:
+    """The newest run folder under `root` with exactly these settings, or None."""
+    for folder, _ in reversed(list_runs(root)):
+        if read_settings(folder) == settings:
+            return folder
+    return None
+
+
+def find_unfinished(folder: Path, settings: dict[str, Any]) -> Path:
+    """Check that `folder` (or the folder of a file in it) holds an unfinished run with exactly these settings.
+
+    Raises:
+        DydiffError: no run there, one that is finished, or one with other settings (names them).
+    """
+    folder = folder.parent if folder.is_file() else folder
+    record, theirs = read_run(folder), read_settings(folder)
+    if record is None or theirs is None:
+        raise DydiffError(f"'{folder}' is not a run folder, so there is nothing to resume.")
+    different = [key for key in settings if theirs.get(key) != settings[key]]
+    if different:
+        pairs = ", ".join(f"{key} was {theirs.get(key)!r}, now {settings[key]!r}" for key in different)
+        raise DydiffError(f"The run in '{folder}' was started with other settings: {pairs}. Repeat its options to resume it.")
+    if record["status"] == "finished":
+        raise DydiffError(f"The run in '{folder}' is finished; there is nothing to resume.")
+    return folder
+
+
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """The settings.yaml of a run folder, or None where there is none that can be read."""
+    try:
+        return yaml.safe_load((Path(folder) / "settings.yaml").read_text())
+    except (OSError, yaml.YAMLError):
+        return None
+
+
+def find_model(root: Path, kind: str, dataset: Dataset, path: str, product: str = "model.safetensors") -> Path:
+    """Resolve `load_path` / `model_paths`: a checkpoint file, a run folder, or `auto` = the newest finished run on the dataset.
+
+    Raises:
+        DydiffError: nothing is there, or no finished run of that kind on that dataset lies under `root`.
+    """
+    if path != "auto":
+        file = Path(path) / product if Path(path).is_dir() else Path(path)
+        if not file.is_file():
+            raise DydiffError(f"No {kind} checkpoint at '{path}'. Train it first, or correct the path (or use 'auto').")
+        return file
+    for folder, record in reversed(list_runs(root)):
+        same_data = record.get("fingerprint") == dataset.fingerprint
+        if record.get("kind") == kind and record.get("status") == "finished" and same_data and (folder / product).is_file():
+            return folder / product
+    raise DydiffError(
+        f"No finished {kind} run on dataset '{dataset.name}' under '{root}'. Train one there first, or give its path instead of "
+        "'auto'."
+    )
+
+
+def new_folder(root: Path, name: str) -> Path:
+    """A fresh run folder `NNNNN-name` under `root`, numbered after the ones that exist.
+
+    Raises:
+        DydiffError: the folder cannot be created.
+    """
+    root = Path(root)
+    slug = re.sub(r"[^A-Za-z0-9._=-]+", "_", name)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        while True:
+            numbers = [int(match[1]) for entry in os.listdir(root) if (match := re.match(r"(\d{5})-", entry))]
+            folder = root / f"{max(numbers, default=-1) + 1:05d}-{slug}"
+            try:
+                folder.mkdir()
+                return folder
+            except FileExistsError:  # a sibling process took the number
+                continue
+    except OSError as error:
+        raise DydiffError(f"Cannot create a run folder in '{root}': {error}. Choose another --outdir.") from error

@@ -1,0 +1,217 @@
+"""Policy training: epochs of rollout, updates and evaluation. This loop only schedules; the work is done elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dydiff.agents import Agent
+from dydiff.data import Spaces, d4rl
+from dydiff.errors import DydiffError
+from dydiff.evaluate import Evaluator, episode_seed
+from dydiff.filters import keep_mask
+from dydiff.models import POLICY, act_raw, store_spaces
+from dydiff.replay import ReplayBuffer, sample_mixed
+from dydiff.reward import RewardModel
+from dydiff.rollout import RolloutEngine, Trajectory, make_synthetic_transitions, score
+
+
+@dataclass
+class Rollouts:
+    """Everything that synthetic data need: the engine, the models behind the filter, and when and how much."""
+
+    engine: RolloutEngine
+    reward_model: RewardModel
+    is_terminal: Callable[[Tensor], Tensor]  # raw next observations -> done
+    num_starts: int  # start states of one rollout, drawn from the real data
+    length: int  # rows of a rollout that are used
+    every: int  # epochs from one rollout to the next
+    filter_type: str
+    threshold: float
+    softmax_temp: float
+
+
+@dataclass
+class Evaluation:
+    """How the policy is evaluated."""
+
+    evaluator: Evaluator
+    dataset_name: str  # for the reference scores
+    seed: int
+    every: int  # epochs from one evaluation to the next
+
+
+@dataclass
+class Saving:
+    """Which checkpoints of the policy are kept, and what they hold."""
+
+    every: int  # epochs from one periodic checkpoint to the next
+    best: bool
+    replay: bool  # periodic checkpoints hold the real transitions
+    model_replay: bool  # and the synthetic ones
+    describe: dict[str, Any]  # the manifest: algorithm and constructor arguments
+
+
+class PolicyTrainer:
+    """Trains an agent on real transitions and, with `rollouts`, on synthetic ones beside them; a stage for `runs.drive`.
+
+    Without `rollouts` this is the base algorithm. `evaluation` is None where no simulator exists. All randomness of training
+    comes from one generator seeded by `seed`; evaluation has seeds of its own, so that it never disturbs training.
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        spaces: Spaces,
+        real: ReplayBuffer,
+        synthetic: ReplayBuffer,
+        rollouts: Rollouts | None,
+        evaluation: Evaluation | None,
+        saving: Saving,
+        num_epochs: int,
+        updates_per_epoch: int,
+        batch_size: int,
+        real_ratio: float,
+        seed: int,
+        on_update: Callable[[int], None] = lambda count: None,
+    ):
+        self.agent = agent
+        self.spaces = spaces
+        self.real = real
+        self.synthetic = synthetic
+        self.rollouts = rollouts
+        self.evaluation = evaluation
+        self.saving = saving
+        self.num_epochs = num_epochs
+        self.updates_per_epoch = updates_per_epoch
+        self.batch_size = batch_size
+        self.real_ratio = real_ratio
+        self.on_update = on_update
+        self.generator = torch.Generator(agent.device).manual_seed(seed)
+        self.epoch = 0
+        self.best_return = -float("inf")
+        self.improved = False  # the last evaluation was the best so far
+
+    @property
+    def finished(self) -> bool:
+        return self.epoch >= self.num_epochs
+
+    def run_epoch(self) -> dict[str, float]:
+        record: dict[str, float] = {}
+        clock = time.perf_counter()
+
+        def lap(name: str) -> None:
+            nonlocal clock
+            now = time.perf_counter()
+            record[f"time/{name}"], clock = now - clock, now
+
+        if self.rollouts is not None and self.epoch % self.rollouts.every == 0:
+            record |= self._roll_out(self.rollouts)
+            lap("rollout")
+        record |= self._update()
+        self.agent.end_epoch()
+        lap("updates")
+        self.epoch += 1
+        self.improved = False
+        if self.evaluation is not None and (self.epoch % self.evaluation.every == 0 or self.finished):
+            record |= self._evaluate(self.evaluation)
+            lap("evaluation")
+        return record
+
+    def _roll_out(self, rollouts: Rollouts) -> dict[str, float]:
+        start = self.real.sample(rollouts.num_starts, self.generator).observation
+        trajectory = rollouts.engine.roll_out(lambda o: self.agent.act(o, self.generator), start, self.generator)
+        trajectory = Trajectory(*(field[:, : rollouts.length] for field in trajectory))
+        scores = score(rollouts.reward_model, trajectory)
+        for name, values in (*trajectory._asdict().items(), ("score", scores)):
+            if not torch.isfinite(values).all():
+                raise DydiffError(
+                    f"The rollout of epoch {self.epoch + 1} holds a NaN or an infinity in its {name}. The models or the policy have "
+                    "diverged; look at their logs, and continue from an earlier checkpoint of this run."
+                )
+        keep = keep_mask(scores, rollouts.filter_type, rollouts.threshold, rollouts.softmax_temp, self.generator)
+        kept = Trajectory(*(field[keep] for field in trajectory))
+        if len(kept.observation) == 0:
+            raise DydiffError(
+                f"The filter keeps none of {rollouts.num_starts} rollouts. Raise keep_condition.threshold or rollout_batch_size."
+            )
+        transitions, mean_length = make_synthetic_transitions(kept, rollouts.reward_model, rollouts.is_terminal, self.spaces)
+        self.synthetic.extend(transitions)
+        return {
+            "rollout/score": float(scores.mean()),
+            "rollout/score_kept": float(scores[keep].mean()),
+            "rollout/mean_length": float(mean_length),
+            "rollout/transitions": float(len(transitions.reward)),
+            "rollout/buffer_size": float(self.synthetic.size),
+        }
+
+    def _update(self) -> dict[str, float]:
+        """The epoch's updates; losses are summed on the device and read once."""
+        sums: dict[str, Tensor] = {}
+        counts: dict[str, int] = {}
+        for _ in range(self.updates_per_epoch):
+            batch = sample_mixed(self.real, self.synthetic, self.batch_size, self.real_ratio, self.generator)
+            for name, value in self.agent.update(batch, self.agent.draw_noise(self.batch_size, self.generator)).items():
+                sums[name] = sums[name] + value if name in sums else value.clone()
+                counts[name] = counts.get(name, 0) + 1
+            self.on_update(1)
+        means = {f"train/{name}": float(total) / counts[name] for name, total in sums.items()}
+        for name, mean in means.items():
+            if not np.isfinite(mean):
+                raise DydiffError(
+                    f"{name} is {mean} in epoch {self.epoch + 1}: training has diverged. Lower the learning rate, or continue from "
+                    "an earlier checkpoint of this run."
+                )
+        return means
+
+    def _evaluate(self, evaluation: Evaluation) -> dict[str, float]:
+        seed = episode_seed(evaluation.seed, self.epoch)
+        generator = torch.Generator(self.agent.device).manual_seed(seed)
+        result = evaluation.evaluator.evaluate(lambda o: act_raw(self.agent, self.spaces, o, generator), seed)
+        self.improved = result.mean_return > self.best_return
+        self.best_return = max(self.best_return, result.mean_return)
+        record = {
+            "evaluation/return": result.mean_return,
+            "evaluation/return_std": result.std_return,
+            "evaluation/length": result.mean_length,
+            "evaluation/episodes": float(result.num_episodes),
+            "evaluation/best_return": self.best_return,
+        }
+        normalized = d4rl.normalized_score(evaluation.dataset_name, result.mean_return)
+        return record if normalized is None else {**record, "evaluation/normalized_score": normalized}
+
+    def save_products(self, save: Callable[[str, str, Any, dict], None], final: bool) -> None:
+        tree = {"agent": self.agent.state_dict(), "spaces": store_spaces(self.spaces)}
+        manifest = {**self.saving.describe, "epoch": self.epoch}
+        if self.saving.best and self.improved:
+            save("agent-best.safetensors", POLICY, tree, {**manifest, "return": self.best_return})
+        if self.epoch % self.saving.every == 0 and not final:
+            buffers = {
+                **({"replay": self.real.state_dict()} if self.saving.replay else {}),
+                **({"model_replay": self.synthetic.state_dict()} if self.saving.model_replay else {}),
+            }
+            save(f"agent-{self.epoch:06d}.safetensors", POLICY, tree | buffers, manifest)
+        if final:
+            save("agent.safetensors", POLICY, tree, manifest)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "agent": self.agent.state_dict(),
+            "synthetic": self.synthetic.state_dict(),
+            "generator": self.generator.get_state(),
+            "epoch": self.epoch,
+            "best_return": self.best_return,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.agent.load_state_dict(state["agent"])
+        self.synthetic.load_state_dict(state["synthetic"])
+        self.generator.set_state(state["generator"])
+        self.epoch = state["epoch"]
+        self.best_return = state["best_return"]
