@@ -67,8 +67,9 @@ class BuildExtension(build_ext):
 
     def remove_outdated(self, extension: Extension) -> None:
         """A binary of older sources must not outlive a build that fails: an editable install would go on loading it."""
-        for path in (self.get_ext_fullpath(extension.name), self.source_folder() / self.get_ext_filename("_edm")):
-            Path(path).unlink(missing_ok=True)
+        Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
+        if self.editable_mode:
+            (self.source_folder() / self.get_ext_filename("_edm")).unlink(missing_ok=True)
 
     def source_folder(self) -> Path:
         return Path(self.get_finalized_command("build_py").get_package_dir("dydiff.kernels"))
@@ -85,7 +86,7 @@ def first_cause(error: BaseException) -> str:
     while error.__context__ is not None:
         error = error.__context__
     if not isinstance(error, subprocess.CalledProcessError):
-        return str(error).splitlines()[0]
+        return (str(error) or repr(error)).splitlines()[0]
     lines = (error.stdout or "").strip().splitlines()
     telling = [line for line in lines if "error" in line.lower() or "fatal" in line.lower()] or lines[-1:]
     return telling[0].strip() if telling else f"{error.cmd[0]} ended with exit status {error.returncode}"
@@ -98,6 +99,7 @@ setup(
         Extension(
             "dydiff.kernels._edm",
             CPU_SOURCES,
+            depends=["csrc/edm_step.h", *CUDA_SOURCES],
             include_dirs=["csrc", pybind11.get_include()],
             extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-g0"],
             language="c++",

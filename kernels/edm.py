@@ -64,9 +64,7 @@ def why_unavailable(device: torch.device | str = "cpu") -> str:
         ", and nvcc on PATH or CUDA_HOME set" if kind == "cuda" else ""
     )
     if kind not in ("cpu", "cuda"):
-        return (
-            f"There is no compiled EDM step for {kind} tensors, only for cpu and cuda; plain PyTorch takes its place."
-        )
+        return f"There is no compiled EDM step for {kind} tensors, only for cpu and cuda; plain PyTorch takes its place."
     if _edm is None:
         return (
             f"The compiled EDM step (dydiff.kernels._edm) is missing: {_build_report() or _import_error}. "
@@ -152,8 +150,7 @@ _CONDITION = "Tensor? first_observation, Tensor? actions, float sigma_data"
 @torch.library.custom_op(
     "dydiff::edm_churn",
     mutates_args=(),
-    schema="(Tensor x, Tensor noise, float sigma, float sigma_hat, float s_noise, float sigma_data) "
-    "-> (Tensor, Tensor)",
+    schema="(Tensor x, Tensor noise, float sigma, float sigma_hat, float s_noise, float sigma_data) -> (Tensor, Tensor)",
 )
 def _churn(x, noise, sigma, sigma_hat, s_noise, sigma_data):
     _check_churn(x, noise, sigma, sigma_hat)

@@ -72,9 +72,7 @@ class Installation:
 
 
 def run(command: list[str | Path], folder: Path, **environment: str) -> str:
-    inherited = {
-        name: value for name, value in os.environ.items() if name not in ("CUDA_HOME", "CUDA_PATH", "PYTHONPATH")
-    }
+    inherited = {name: value for name, value in os.environ.items() if name not in ("CUDA_HOME", "CUDA_PATH", "PYTHONPATH")}
     done = subprocess.run(
         [str(part) for part in command], cwd=folder, env={**inherited, **environment}, capture_output=True, text=True
     )

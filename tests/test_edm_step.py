@@ -288,9 +288,7 @@ def test_composed_steps_are_the_published_algorithm(backend):
         x[:, 0, :observation_dim] = start
         x[:, :, observation_dim:] = actions
 
-    t = [(80 ** (1 / 7) + i / (num_steps - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(num_steps)] + [
-        0.0
-    ]
+    t = [(80 ** (1 / 7) + i / (num_steps - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(num_steps)] + [0.0]
     x = latents.double() * t[0]
     overwrite(x)
     for i in range(num_steps):

@@ -47,7 +47,7 @@ def sample_edm(
 
     def evaluate(model_input: Tensor, sigma: float) -> Tensor:
         # One noise label for the whole batch: the network broadcasts what it derives from it.
-        return network(model_input, model_input.new_full((1,), math.log(sigma) / 4)).contiguous()
+        return network(model_input, model_input.new_full((1,), math.log(sigma) / 4))
 
     x = reference.inpaint(x, first_observation, actions)
     for sigma, sigma_next in zip(schedule, schedule[1:], strict=False):
