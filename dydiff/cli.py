@@ -1,6 +1,6 @@
 """The command line: `dydiff COMMAND`, and the older entry points train.py and run_experiment.py on top of it.
 
-Only the standard library is imported before a command is known to be valid, so that `--help` and typing mistakes answer at once.
+Only the standard library is imported before a command is known to be valid: `--help` and typing mistakes answer at once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Experiment files: YAML with `meta_data`, `variables` and `constants`, turned into fully resolved variants (SPEC section 9)."""
+"""Experiment files: YAML with `meta_data`, `variables` and `constants`, turned into resolved variants (SPEC section 9)."""
 
 from __future__ import annotations
 
@@ -130,8 +130,8 @@ def _find_stage(sections: set[str], script_path: str, path: Path) -> str:
     if len(stages) != 1:
         found = " and ".join(stages) or "none of them"
         raise DydiffError(
-            f"{path.name}: cannot tell what to train. 'constants' needs exactly one of td3_bc_params, diffql_params, cql_params "
-            f"(a policy), or else one of dyn_model_params (dynamics) and model_params (reward); it asks for {found}."
+            f"{path.name}: cannot tell what to train. 'constants' needs exactly one of td3_bc_params, diffql_params and "
+            f"cql_params (a policy), or else one of dyn_model_params (dynamics) and model_params (reward); it asks for {found}."
         )
     return stages[0]
 

@@ -83,8 +83,8 @@ class Run:
         theirs = (record["kind"], record["fingerprint"])
         if theirs != (kind, self.manifest["fingerprint"]):
             raise DydiffError(
-                f"'{self.folder}' holds a {record['kind']} run on dataset '{record['dataset']}', which is not this {kind} run on "
-                f"'{self.manifest['dataset']}' (or the dataset's content has changed). Resume with the data it was started on."
+                f"'{self.folder}' holds a {record['kind']} run on dataset '{record['dataset']}', which is not this {kind} run "
+                f"on '{self.manifest['dataset']}' (or the dataset's content has changed). Resume with the data it was started on."
             )
 
     def _write_status(self, status: str) -> None:
@@ -265,8 +265,8 @@ def find_model(root: Path, kind: str, dataset: Dataset, path: str, product: str 
         if record.get("kind") == kind and record.get("status") == "finished" and same_data and (folder / product).is_file():
             return folder / product
     raise DydiffError(
-        f"No finished {kind} run on dataset '{dataset.name}' under '{root}'. Train one there first, or give its path instead of "
-        "'auto'."
+        f"No finished {kind} run on dataset '{dataset.name}' under '{root}'. Train one there first, or give its path "
+        "instead of 'auto'."
     )
 
 

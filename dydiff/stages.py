@@ -93,8 +93,8 @@ def load_problem(dataset_name: str, env_name: str | None = None) -> Problem:
     if outside.any():
         row, column = np.argwhere(outside)[0]
         raise DydiffError(
-            f"Dataset '{dataset.name}' holds {int(outside.any(axis=1).sum()):,} actions outside the range of {environment}, first in "
-            f"row {row}, column {column}: {dataset.actions[row, column]:g} is not in [{low[column]:g}, {high[column]:g}]. "
+            f"Dataset '{dataset.name}' holds {int(outside.any(axis=1).sum()):,} actions outside the range of {environment}, "
+            f"first in row {row}, column {column}: {dataset.actions[row, column]:g} is not in [{low[column]:g}, {high[column]:g}]. "
             "Rescale or clip the actions in the file."
         )
     transitions = make_transitions(dataset)
@@ -233,7 +233,8 @@ def _build_rollouts(constants: Constants, problem: Problem, device: str, root: P
     length = horizon if params.rollout_length == -1 else params.rollout_length
     if not 2 <= length <= horizon:
         raise DydiffError(
-            f"rl_trainer_params.rollout_length must be -1 or between 2 and the diffusion model's horizon {horizon}, not {length}."
+            f"rl_trainer_params.rollout_length must be -1 or between 2 and the diffusion model's horizon {horizon}, "
+            f"not {length}."
         )
     sampler = constants.sampler_kwargs
     engine = RolloutEngine(

@@ -132,14 +132,15 @@ class PolicyTrainer:
         for name, values in (*trajectory._asdict().items(), ("score", scores)):
             if not torch.isfinite(values).all():
                 raise DydiffError(
-                    f"The rollout of epoch {self.epoch + 1} holds a NaN or an infinity in its {name}. The models or the policy have "
-                    "diverged; look at their logs, and continue from an earlier checkpoint of this run."
+                    f"The rollout of epoch {self.epoch + 1} holds a NaN or an infinity in its {name}. The models or the "
+                    "policy have diverged; look at their logs, and continue from an earlier checkpoint of this run."
                 )
         keep = keep_mask(scores, rollouts.filter_type, rollouts.threshold, rollouts.softmax_temp, self.generator)
         kept = Trajectory(*(field[keep] for field in trajectory))
         if len(kept.observation) == 0:
             raise DydiffError(
-                f"The filter keeps none of {rollouts.num_starts} rollouts. Raise keep_condition.threshold or rollout_batch_size."
+                f"The filter keeps none of {rollouts.num_starts} rollouts. Raise keep_condition.threshold "
+                "or rollout_batch_size."
             )
         transitions, mean_length = make_synthetic_transitions(kept, rollouts.reward_model, rollouts.is_terminal, self.spaces)
         self.synthetic.extend(transitions)
@@ -165,8 +166,8 @@ class PolicyTrainer:
         for name, mean in means.items():
             if not np.isfinite(mean):
                 raise DydiffError(
-                    f"{name} is {mean} in epoch {self.epoch + 1}: training has diverged. Lower the learning rate, or continue from "
-                    "an earlier checkpoint of this run."
+                    f"{name} is {mean} in epoch {self.epoch + 1}: training has diverged. Lower the learning rate, or continue "
+                    "from an earlier checkpoint of this run."
                 )
         return means
 

@@ -2,8 +2,8 @@
 
     python tests/conformance.py DIR [--backend auto|all|reference|extension]
 
-Each case is an .npz: `meta` (JSON: kind and settings), inputs, weights under published names, expected outputs. One line per case
-(and backend, for the sampler and rollout kinds); exit status 1 on any failure or unknown kind.
+Each case is an .npz: `meta` (JSON: kind and settings), inputs, weights under published names, expected outputs. One line per
+case (and backend, for the sampler and rollout kinds); exit status 1 on any failure or unknown kind.
 """
 
 from __future__ import annotations

@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
+import conformance
 import numpy as np
 import pytest
-
-import conformance
 
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared" / "conformance"

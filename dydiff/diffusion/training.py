@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-
 from dydiff.data import Windows
 from dydiff.diffusion.edm import Denoiser, draw_sigma, edm_loss
 from dydiff.errors import DydiffError
@@ -22,8 +21,8 @@ class DiffusionTrainer:
     """Trains a denoiser on windows of the dataset, one tick (some thousand samples) at a time; a stage for `runs.drive`.
 
     `duration` and `tick` count samples; `half_life` is the EMA's in samples; `micro_batch` splits a batch to save memory;
-    `describe` is the manifest that is stored beside the weights. The EMA weights are the model. `snapshot_ticks` writes the model
-    every so many ticks (0: only at the end).
+    `describe` is the manifest that is stored beside the weights. The EMA weights are the model; `snapshot_ticks` writes it every
+    so many ticks (0: only at the end).
 
     Raises:
         DydiffError: the loss is no longer finite (names the number of samples seen).
