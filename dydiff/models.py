@@ -119,6 +119,7 @@ def _load(path: str | Path, kind: str, dataset: Dataset | None) -> tuple[Any, di
     if dataset is not None and manifest["fingerprint"] != dataset.fingerprint:
         raise DydiffError(
             f"The {kind} '{path}' was trained on dataset '{manifest['dataset']}' (fingerprint {manifest['fingerprint'][:12]}), "
-            f"not on '{dataset.name}' ({dataset.fingerprint[:12]}). Its scaling would be silently wrong; train one on this dataset."
+            f"not on '{dataset.name}' ({dataset.fingerprint[:12]}). Its scaling would be silently wrong; "
+            "train one on this dataset."
         )
     return tree, manifest

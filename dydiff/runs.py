@@ -84,7 +84,8 @@ class Run:
         if theirs != (kind, self.manifest["fingerprint"]):
             raise DydiffError(
                 f"'{self.folder}' holds a {record['kind']} run on dataset '{record['dataset']}', which is not this {kind} run "
-                f"on '{self.manifest['dataset']}' (or the dataset's content has changed). Resume with the data it was started on."
+                f"on '{self.manifest['dataset']}' (or the dataset's content has changed). "
+                "Resume with the data it was started on."
             )
 
     def _write_status(self, status: str) -> None:

@@ -94,8 +94,8 @@ def load_problem(dataset_name: str, env_name: str | None = None) -> Problem:
         row, column = np.argwhere(outside)[0]
         raise DydiffError(
             f"Dataset '{dataset.name}' holds {int(outside.any(axis=1).sum()):,} actions outside the range of {environment}, "
-            f"first in row {row}, column {column}: {dataset.actions[row, column]:g} is not in [{low[column]:g}, {high[column]:g}]. "
-            "Rescale or clip the actions in the file."
+            f"first in row {row}, column {column}: {dataset.actions[row, column]:g} is not in "
+            f"[{low[column]:g}, {high[column]:g}]. Rescale or clip the actions in the file."
         )
     transitions = make_transitions(dataset)
     return Problem(dataset, environment, spec, transitions, Spaces.from_dataset(dataset, transitions, low, high))

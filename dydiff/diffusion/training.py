@@ -21,8 +21,8 @@ class DiffusionTrainer:
     """Trains a denoiser on windows of the dataset, one tick (some thousand samples) at a time; a stage for `runs.drive`.
 
     `duration` and `tick` count samples; `half_life` is the EMA's in samples; `micro_batch` splits a batch to save memory;
-    `describe` is the manifest that is stored beside the weights. The EMA weights are the model; `snapshot_ticks` writes it every
-    so many ticks (0: only at the end).
+    `describe` is the manifest that is stored beside the weights. The EMA weights are the model, which is
+    written every `snapshot_ticks` ticks (0: only at the end).
 
     Raises:
         DydiffError: the loss is no longer finite (names the number of samples seen).
