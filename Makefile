@@ -27,5 +27,5 @@ $(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/* constraints/*)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info kernels/_edm* .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist *.egg-info kernels/_native* .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""Builds dydiff.kernels._edm from csrc/: the CPU and the CUDA unit with nvcc, the CPU unit without it.
+"""Builds dydiff.kernels._native from csrc/: the CPU and the CUDA unit with nvcc, the CPU unit without it.
 
 No outcome fails the installation: dydiff.kernels.reference computes the same in plain PyTorch. What happened is printed
 and kept in one line beside the extension, because pip shows a build's output only with -v; dydiff.kernels.edm quotes
@@ -17,11 +17,11 @@ import pybind11
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-CPU_SOURCES = ["csrc/bindings.cpp", "csrc/edm_step_cpu.cpp"]
+CPU_SOURCES = ["csrc/bindings.cpp", "csrc/edm_step_cpu.cpp", "csrc/unet_cpu.cpp"]
 CUDA_SOURCES = ["csrc/edm_step_cuda.cu"]
 # PTX of the newest architecture lets the driver compile for cards that come later.
 CUDA_ARCHITECTURES = ["arch=compute_80,code=sm_80", "arch=compute_90,code=[sm_90,compute_90]"]
-REPORT = "_edm_build.txt"
+REPORT = "_native_build.txt"
 
 
 def nvcc_name() -> str:
@@ -69,7 +69,7 @@ class BuildExtension(build_ext):
         """A binary of older sources must not outlive a build that fails: an editable install would go on loading it."""
         Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
         if self.editable_mode:
-            (self.source_folder() / self.get_ext_filename("_edm")).unlink(missing_ok=True)
+            (self.source_folder() / self.get_ext_filename("_native")).unlink(missing_ok=True)
 
     def source_folder(self) -> Path:
         return Path(self.get_finalized_command("build_py").get_package_dir("dydiff.kernels"))
@@ -97,9 +97,9 @@ setup(
     package_dir={"dydiff.kernels": "kernels"},
     ext_modules=[
         Extension(
-            "dydiff.kernels._edm",
+            "dydiff.kernels._native",
             CPU_SOURCES,
-            depends=["csrc/edm_step.h", *CUDA_SOURCES],
+            depends=["csrc/edm_step.h", "csrc/unet_cpu.h", *CUDA_SOURCES],
             include_dirs=["csrc", pybind11.get_include()],
             extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-g0"],
             language="c++",

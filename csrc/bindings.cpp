@@ -1,8 +1,9 @@
 // Raw addresses in, nothing back: the extension knows no tensor type, so it builds without torch and survives its updates.
-// It checks nothing; dydiff.kernels.edm checks everything and is its only caller.
+// It checks nothing; dydiff.kernels.edm and dydiff.kernels.unet_cpu check everything and are its only callers.
 #include <pybind11/pybind11.h>
 
 #include "edm_step.h"
+#include "unet_cpu.h"
 
 namespace py = pybind11;
 
@@ -11,6 +12,7 @@ namespace {
 using Address = std::uintptr_t;
 
 float* pointer(Address address) { return reinterpret_cast<float*>(address); }
+unet::bfloat16* halves(Address address) { return reinterpret_cast<unet::bfloat16*>(address); }
 
 // Binds one unit's three operations. Stream is empty for the CPU and one more trailing address for CUDA.
 template <typename... Stream, typename Churn, typename Euler, typename Heun>
@@ -40,10 +42,25 @@ void bind(py::module_ m, Churn churn, Euler euler, Heun heun) {
     }, release);
 }
 
+void bind_unet(py::module_ m) {
+    const auto release = py::call_guard<py::gil_scoped_release>();
+    m.def("winograd_input", [](Address x, Address skip, Address v, int64_t batch, int64_t length, int64_t channels,
+                               int64_t skip_channels, int num_threads) {
+        unet::winograd_input(halves(x), halves(skip), halves(v), batch, length, channels, skip_channels, num_threads);
+    }, release);
+    m.def("winograd_output", [](Address m, Address bias, Address norm_weight, Address norm_bias, Address time_bias,
+                                Address residual, Address y, int64_t batch, int64_t length, int64_t channels,
+                                int num_threads) {
+        unet::winograd_output(halves(m), pointer(bias), pointer(norm_weight), pointer(norm_bias), pointer(time_bias),
+                              halves(residual), halves(y), batch, length, channels, num_threads);
+    }, release);
+}
+
 }  // namespace
 
-PYBIND11_MODULE(_edm, m) {
-    m.doc() = "EDM sampler steps on raw addresses; dydiff.kernels.edm is the interface.";
+PYBIND11_MODULE(_native, m) {
+    m.doc() = "Sampler steps and U-Net blocks on raw addresses; dydiff.kernels.edm and .unet_cpu are the interface.";
+    bind_unet(m.def_submodule("unet"));
     bind<>(m.def_submodule("cpu"), edm::cpu::churn, edm::cpu::euler, edm::cpu::heun);
 #ifdef DYDIFF_WITH_CUDA
     py::module_ cuda = m.def_submodule("cuda");

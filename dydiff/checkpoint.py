@@ -7,6 +7,7 @@ safetensors reader can open them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -54,20 +55,19 @@ def load_checkpoint(path: Path, kind: str) -> tuple[Any, dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             manifest = json.loads(metadata["manifest"])
-            structure = json.loads(metadata["structure"])
+            if manifest["format"] > FORMAT:  # before anything that a newer format may store otherwise
+                raise DydiffError(
+                    f"Checkpoint '{path}' has format {manifest['format']}, written by dydiff {manifest['dydiff']}; this is "
+                    f"dydiff {__version__}, which reads formats up to {FORMAT}. Upgrade dydiff to load it."
+                )
+            if manifest["kind"] != kind:
+                raise DydiffError(f"'{path}' holds a {manifest['kind']}, but a {kind} is needed here. Correct the path.")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
+            return _decode(json.loads(metadata["structure"]), tensors), manifest
+    except (SafetensorError, LookupError, ValueError, TypeError, OSError) as error:
         raise DydiffError(
             f"'{path}' is not a dydiff checkpoint or is damaged ({error}). Use an earlier snapshot of the run, or train again."
         ) from error
-    if manifest["format"] > FORMAT:
-        raise DydiffError(
-            f"Checkpoint '{path}' has format {manifest['format']}, written by dydiff {manifest['dydiff']}; this is dydiff "
-            f"{__version__}, which reads formats up to {FORMAT}. Upgrade dydiff to load it."
-        )
-    if manifest["kind"] != kind:
-        raise DydiffError(f"Checkpoint '{path}' holds a {manifest['kind']}, but a {kind} is needed here. Correct the path.")
-    return _decode(structure, tensors), manifest
 
 
 def write_atomically(path: Path, write) -> None:
@@ -90,7 +90,8 @@ def write_atomically(path: Path, write) -> None:
             f"Cannot write '{path}': {error}. Free space or choose another --outdir; the file that was there is untouched."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where the folder itself is at fault, so is this
+            temporary.unlink()
 
 
 def _umask() -> int:
@@ -110,6 +111,8 @@ def _flush(path: Path) -> None:
 def _encode(node: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     """Move the tensors of a tree into `tensors`; what is left is JSON with one-key tags for containers."""
     if isinstance(node, torch.Tensor):
+        while path in tensors:  # {"a": {"b": x}, "a.b": y}
+            path += "'"
         # A copy of its own: safetensors refuses tensors that share memory.
         tensors[path] = node.detach().to("cpu", copy=True).contiguous()
         return {"tensor": path}

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,10 +20,14 @@ RUNS = "training-runs"  # where runs go, and where stages look for each other's 
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that refuses abbreviations and names the nearest valid option for an unknown one."""
+    """argparse that names the nearest valid option for an unknown one."""
 
-    def __init__(self, **settings: object):
-        super().__init__(**settings, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        # The parser of a command refuses what it does not know itself: it knows which options there are.
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return options, unknown
 
     def error(self, message: str) -> NoReturn:
         options = [option for action in self._actions for option in action.option_strings]
@@ -30,6 +36,10 @@ class Parser(argparse.ArgumentParser):
             if "unrecognized" in message and near:
                 message += f" (did you mean {near[0]}?)"
         super().error(message)
+
+
+# Abbreviations are refused: a new option must not change what an old command means.
+make_parser = functools.partial(Parser, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
 
 def parse_bool(text: str) -> bool:
@@ -41,20 +51,20 @@ def parse_bool(text: str) -> bool:
 
 
 def parse_ints(text: str) -> list[int]:
-    """A comma-separated list of whole numbers, as in 1,4,8."""
+    """A comma-separated list of whole numbers above 0, as in 1,4,8."""
     try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a list of whole numbers such as 1,4,8") from error
+        return [positive(int)(part) for part in text.split(",")]
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of whole numbers above 0 such as 1,4,8") from error
 
 
 def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
-    """A number of the given kind above 0."""
+    """A finite number of the given kind above 0."""
 
     def parse(text: str) -> float:
         value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0 and finite")
         return value
 
     parse.__name__ = kind.__name__
@@ -93,7 +103,7 @@ def run_train(options: argparse.Namespace) -> None:
     if options.cond_on_action and not options.include_action:
         raise DydiffError("--cond_on_action=True needs --include_action=True: there are no actions to condition on.")
     from dydiff.device import find_device
-    from dydiff.runs import find_unfinished, new_folder
+    from dydiff.runs import find_unfinished, new_folder, removed_if_empty
     from dydiff.stages import train_diffusion
 
     network = {
@@ -110,7 +120,7 @@ def run_train(options: argparse.Namespace) -> None:
         "cond_on_action": options.cond_on_action,
         "batch_size": options.batch,
         "micro_batch": options.batch_gpu,
-        "duration": round(options.duration * 1e6),
+        "duration": max(round(options.duration * 1e6), 1),
         "tick": max(round(options.tick * 1e3), 1),
         "lr": options.lr,
         "half_life": options.ema * 1e6,
@@ -124,15 +134,16 @@ def run_train(options: argparse.Namespace) -> None:
     else:
         label = f"{Path(options.dataset).stem}-{options.rl_model_type}-H{options.max_length_of_trajectory}"
         folder = new_folder(Path(options.outdir), "-".join(filter(None, [label, f"s{options.seed}", options.name])))
-    train_diffusion(
-        **work,
-        folder=folder,
-        settings=work,
-        snapshot_ticks=options.snap,
-        state_ticks=options.dump,
-        device=device,
-        dry_run=options.dry_run,
-    )
+    with removed_if_empty(folder):
+        train_diffusion(
+            **work,
+            folder=folder,
+            settings=work,
+            snapshot_ticks=options.snap,
+            state_ticks=options.dump,
+            device=device,
+            dry_run=options.dry_run,
+        )
     if not options.dry_run:
         print(f"Diffusion model: {folder / 'model.safetensors'}")
 
@@ -190,13 +201,15 @@ def add_report_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", required=True, help="dataset that the runs were trained on")
     parser.add_argument("--starts", type=positive(int), default=64, help="rollouts that are compared with the simulator")
     parser.add_argument("--seed", type=int, default=0, help="of the comparison")
+    parser.add_argument("--device", default="auto", help="cuda:0, cpu, ...; auto takes a GPU if there is one")
 
 
 def run_report(options: argparse.Namespace) -> None:
     """Compare trained models with the simulator and policies with each other; prints tables, draws PNGs."""
+    from dydiff.device import find_device
     from dydiff.report import report
 
-    report(Path(options.outdir), options.dataset, options.starts, options.seed)
+    report(Path(options.outdir), options.dataset, options.starts, options.seed, find_device(options.device))
 
 
 COMMANDS = {
@@ -210,8 +223,8 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The `dydiff` command; returns the exit status."""
-    parser = Parser(prog="dydiff", description="Policy-injected trajectory diffusion for offline reinforcement learning.")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    parser = make_parser(prog="dydiff", description="Policy-injected trajectory diffusion for offline reinforcement learning.")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=make_parser)
     for name, (add_options, run) in COMMANDS.items():
         hidden = {} if name == "worker" else {"help": run.__doc__}
         add_options(subparsers.add_parser(name, description=run.__doc__, **hidden))
@@ -222,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def main_of(command: str, prog: str, arguments: Sequence[str] | None = None) -> int:
     """One command as a program of its own, for train.py and run_experiment.py."""
     add_options, run = COMMANDS[command]
-    parser = Parser(prog=prog, description=run.__doc__)
+    parser = make_parser(prog=prog, description=run.__doc__)
     add_options(parser)
     return guarded(run, parser.parse_args(arguments))
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -180,11 +182,37 @@ class Constants:
     sampler_kwargs: SamplerKwargs = field(default_factory=SamplerKwargs)
 
 
+SMALLEST, LARGEST = 5e-324, sys.float_info.max
+# What numbers may be, ends included; a setting that is not listed must be above 0.
+RANGES = {
+    "seed": (0, 2**63 - 1),
+    "eval_env_seed": (0, 2**63 - 1),
+    "gpu": (0, LARGEST),
+    "real_ratio": (0, 1),
+    "rollout_length": (-1, LARGEST),
+    "threshold": (SMALLEST, 1),
+    "softmax_temp": (-LARGEST, LARGEST),
+    "iterative_times": (0, LARGEST),
+    "num_steps": (2, LARGEST),
+    "S_churn": (0, LARGEST),
+    "S_min": (0, LARGEST),
+    "S_max": (0, math.inf),
+    "S_noise": (0, LARGEST),
+    "weight_decay": (0, LARGEST),
+    "discount": (0, 1),
+    "tau": (0, 1),
+    "alpha": (0, LARGEST),
+    "eta": (0, LARGEST),
+    "grad_norm": (0, LARGEST),
+    "min_q_weight": (0, LARGEST),
+}
+
+
 def from_mapping(cls: type, mapping: Any, where: str) -> Any:
     """Fill the dataclass `cls` from a mapping as YAML gives it; `where` names the place in messages.
 
     Raises:
-        DydiffError: not a mapping, an unknown key (named with the nearest valid one), or a value of the wrong type.
+        DydiffError: not a mapping, an unknown key (named with the nearest valid one), or a value of the wrong type or range.
     """
     mapping = {} if mapping is None else mapping
     if not isinstance(mapping, dict):
@@ -221,11 +249,22 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return [_convert(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value)]
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
-            return float(value)  # YAML reads 3e-4 as text
-        except ValueError:
+            return _check_range(float(value), where)  # YAML reads 3e-4 as text
+        except (ValueError, OverflowError):
             pass
     if kind is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        value = int(value)
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return _check_range(value, where)
+    if isinstance(value, kind) and kind is not int:
         return value
     raise DydiffError(f"Setting '{where}' must be of type {kind.__name__}, not {value!r}.")
+
+
+def _check_range(value: float, where: str) -> float:
+    low, high = RANGES.get(where.rsplit(".", 1)[-1].partition("[")[0], (SMALLEST, LARGEST))
+    if not low <= value <= high:
+        least = "above 0" if low == SMALLEST else f"at least {low:g}"
+        most = f"at most {high:g}" if high < LARGEST else "finite"
+        raise DydiffError(f"Setting '{where}' must be {least} and {most}, not {value}.")
+    return value

@@ -73,29 +73,33 @@ def load_experiment(path: str | Path, overrides: list[str] = (), dataset: str | 
         if key not in ("meta_data", "variables", "constants"):
             raise unknown_key(f"{path}: {key}", str(key), ["meta_data", "variables", "constants"])
     constants = _mapping(content, "constants", path)
-    if dataset is not None:
-        constants = _merge(_dataset_differences(path, dataset, constants), constants)
-        constants["dataset_name"] = dataset
     variables = _flatten(_mapping(content, "variables", path))
     meta_data = _mapping(content, "meta_data", path)
-    sections = {key.split(".")[0] for key in (*constants, *variables)}  # those of the file: an override asks for nothing new
+    # Those of the file: an override asks for nothing new.
+    sections = {str(key).split(".")[0] for key in (*constants, *variables)}
     if dataset is not None:
+        constants = _merge(_dataset_differences(path, dataset, sections), constants)
+        constants["dataset_name"] = dataset
         variables.pop("dataset_name", None)
+    fixed: list[tuple[str, Any]] = []
     for text in overrides:
         key, value = _parse_override(text)
-        variables.pop(key, None)
         if key.startswith("meta_data."):
-            _assign(meta_data, key.removeprefix("meta_data."), value, text)
+            _assign(meta_data, key.removeprefix("meta_data."), value)
         elif key.startswith("variables."):
             variables[key.removeprefix("variables.")] = value
         else:
-            _assign(constants, key, value, text)
+            variables = {name: values for name, values in variables.items() if not f"{name}.".startswith(f"{key}.")}
+            fixed.append((key, value))
     meta = from_mapping(MetaData, meta_data, f"{path.name}: meta_data")
     stage = _find_stage(sections, meta.script_path, path)
-    return Experiment(meta, _expand(constants, variables, stage, path))
+    return Experiment(meta, _expand(constants, variables, fixed, stage, path))
 
 
-def _expand(constants: dict, variables: dict[str, Any], stage: str, path: Path) -> list[Variant]:
+def _expand(
+    constants: dict, variables: dict[str, Any], fixed: list[tuple[str, Any]], stage: str, path: Path
+) -> list[Variant]:
+    """Every combination of `variables` on top of `constants`, and the `fixed` overrides on top of both."""
     for key, values in variables.items():
         if not isinstance(values, list) or not values:
             raise DydiffError(f"{path.name}: variable '{key}' must be a non-empty list of values, not {values!r}.")
@@ -106,8 +110,8 @@ def _expand(constants: dict, variables: dict[str, Any], stage: str, path: Path) 
     for values in itertools.product(*variables.values()):
         choices = dict(zip(variables, values, strict=True))
         resolved = copy.deepcopy(constants)
-        for key, value in choices.items():
-            _assign(resolved, key, value, f"variables.{key}")
+        for key, value in (*choices.items(), *fixed):
+            _assign(resolved, key, copy.deepcopy(value))
         settings = from_mapping(Constants, resolved, f"{path.name}: constants")
         if not settings.dataset_name:
             raise DydiffError(f"{path.name}: constants.dataset_name is missing; name a dataset or give a path to a file.")
@@ -145,13 +149,13 @@ def _complete(settings: Constants, stage: str) -> Constants:
     return dataclasses.replace(settings, **filled)
 
 
-def _dataset_differences(path: Path, dataset: str, constants: dict) -> dict:
+def _dataset_differences(path: Path, dataset: str, sections: set[str]) -> dict:
     """The entry of `datasets.yaml` for a dataset, less the sections that this experiment does not have."""
     for folder in path.resolve().parents:
         candidate = folder / "datasets.yaml"
         if candidate.is_file():
-            entry = _read_yaml(candidate).get(dataset) or {}
-            return {key: value for key, value in entry.items() if key not in ALGORITHMS or key in constants}
+            entry = _mapping(_read_yaml(candidate), dataset, candidate)
+            return {key: value for key, value in entry.items() if key not in ALGORITHMS or key in sections}
     return {}
 
 
@@ -184,14 +188,14 @@ def _parse_override(text: str) -> tuple[str, Any]:
         raise DydiffError(f"--set {text}: the value is not YAML ({' '.join(str(error).split())}).") from error
 
 
-def _assign(tree: dict, dotted: str, value: Any, source: str) -> None:
+def _assign(tree: dict, dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     for name in parents:
         if tree.get(name) is None:
             tree[name] = {}
         tree = tree[name]
         if not isinstance(tree, dict):
-            raise DydiffError(f"'{source}': '{name}' is a value, not a section with settings of its own.")
+            raise DydiffError(f"'{dotted}' cannot be set: '{name}' is a value, not a section with settings of its own.")
     tree[last] = value
 
 
@@ -206,6 +210,7 @@ def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
 def _merge(below: dict, above: dict) -> dict:
     merged = copy.deepcopy(below)
     for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        # A section with nothing under it reads as None, and takes nothing away from the one below.
+        both = isinstance(merged.get(key), dict) and (value is None or isinstance(value, dict))
+        merged[key] = _merge(merged[key], value or {}) if both else value
     return merged

@@ -12,7 +12,7 @@ FLOOR = 1e-6  # probability mass spread evenly, so that every rollout can be dra
 
 def hardmax_mask(score: Tensor, threshold: float) -> Tensor:
     """Mark the best fraction `threshold` of the scores: score [B] -> bool [B]; ties at the quantile are kept."""
-    score = score.double()
+    score = score.double() / 2  # keeps the differences of the largest doubles finite
     return score >= torch.quantile(score, 1 - threshold)
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
 from tqdm import tqdm
 
 SHOWN = ("evaluation/return", "evaluation/normalized_score", "rollout/score", "holdout_error", "best_holdout_error", "loss")
+
+# By default tqdm makes a system-wide semaphore, which a killed process leaves behind.
+tqdm.set_lock(threading.RLock())
 
 
 class Progress:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dydiff.data import Spaces, Transitions
 from dydiff.diffusion.edm import Denoiser
+from dydiff.diffusion.fast_sampler import FastMode
 from dydiff.diffusion.sampler import Draw, sample_edm
 from dydiff.dynamics import DynamicsEnsemble
 from dydiff.errors import DydiffError
@@ -33,7 +34,8 @@ class RolloutEngine:
     """Rolls a policy forward for a whole horizon from given start observations, all of it on the models' device.
 
     `denoisers` are one or more diffusion models of the same spaces and horizon; with several, every start is assigned to one of
-    them at random. `sampler` holds `sample_edm`'s settings. `chunk_size` bounds how many starts are computed at a time.
+    them at random. `sampler` holds `sample_edm`'s settings; `fast`, if given, takes the place of that sampler. `chunk_size` bounds
+    how many starts are computed at a time.
 
     Raises:
         DydiffError: no diffusion model, or a chunk that holds nothing.
@@ -49,6 +51,7 @@ class RolloutEngine:
         chunk_size: int = 2048,
         sampler: dict[str, float] | None = None,
         backend: str = "auto",
+        fast: FastMode | None = None,
     ):
         if not denoisers:
             raise DydiffError("A rollout needs at least one diffusion model.")
@@ -62,6 +65,7 @@ class RolloutEngine:
         self.chunk_size = chunk_size
         self.sampler = dict(sampler or {})
         self.backend = backend
+        self.fast = fast
 
     @torch.no_grad()
     def roll_out(
@@ -83,8 +87,10 @@ class RolloutEngine:
         """Everything between the first and the last line is in model space; policy and dynamics are wrapped at its edge."""
         first = self.spaces.observation_policy_to_model(start)
         observation, action = self._start_autoregressively(policy, first, generator)
-        for _ in range(iterations):
-            sampled = self._sample(first, action, generator, draw)
+        for iteration in range(iterations):
+            warm = self.fast is not None and iteration > 0
+            guess = torch.cat([observation, action], dim=-1) if warm else None
+            sampled = self._sample(first, action, generator, draw, guess)
             observation = (observation + sampled[..., : self.spaces.observation_dim]) / 2
             action = self._act(policy, observation)
         return Trajectory(self.spaces.observation_model_to_policy(observation), self.spaces.action_model_to_policy(action))
@@ -107,22 +113,25 @@ class RolloutEngine:
             actions.append(self._act(policy, observations[-1]))
         return Trajectory(torch.stack(observations, dim=1), torch.stack(actions, dim=1))
 
-    def _sample(self, first: Tensor, action: Tensor, generator: torch.Generator, draw: Draw) -> Tensor:
-        """Diffusion samples [B, H, D] around the given first observations and actions."""
+    def _sample(self, first: Tensor, action: Tensor, generator: torch.Generator, draw: Draw, guess: Tensor | None) -> Tensor:
+        """Diffusion samples [B, H, D] around the given first observations and actions; fast mode starts from `guess`, if given."""
         width = first.shape[-1] + action.shape[-1]
 
-        def sample(denoiser: Denoiser, first: Tensor, action: Tensor) -> Tensor:
-            shape = (len(first), self.horizon, width)
-            return sample_edm(denoiser, shape, draw, first, action, backend=self.backend, **self.sampler)
+        def sample(denoiser: Denoiser, rows: Tensor | slice) -> Tensor:
+            condition = first[rows].contiguous(), action[rows].contiguous()
+            shape = (len(condition[0]), self.horizon, width)
+            if self.fast is not None:
+                return self.fast.sample(denoiser, shape, draw, *condition, None if guess is None else guess[rows])
+            return sample_edm(denoiser, shape, draw, *condition, backend=self.backend, **self.sampler)
 
         if len(self.denoisers) == 1:
-            return sample(self.denoisers[0], first, action)
+            return sample(self.denoisers[0], slice(None))
         owner = torch.randint(len(self.denoisers), (len(first),), generator=generator, device=first.device)
         sampled = first.new_empty(len(first), self.horizon, width)
         for index, denoiser in enumerate(self.denoisers):
             mine = owner == index
             if mine.any():
-                sampled[mine] = sample(denoiser, first[mine].contiguous(), action[mine].contiguous())
+                sampled[mine] = sample(denoiser, mine)
         return sampled
 
 

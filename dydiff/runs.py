@@ -6,13 +6,14 @@ A run folder holds `run.json` (what, on which data, whether it finished), `setti
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,7 +52,7 @@ class Run:
     """One run folder, opened for writing by one process; `about` joins the dataset's name in every manifest.
 
     Raises:
-        DydiffError: the folder cannot be written, another process works in it, or it holds a run with other settings.
+        DydiffError: the folder cannot be written, another process works in it, or it holds another kind's or dataset's run.
     """
 
     def __init__(
@@ -67,16 +68,18 @@ class Run:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise DydiffError(f"Another process is working in '{folder}'. Wait for it, or choose another --outdir.") from error
+        for leftover in self.folder.glob(".*.part"):  # what a killed process was writing; the lock says that nobody is now
+            leftover.unlink()
         self.manifest = {"dataset": dataset.name, "fingerprint": dataset.fingerprint, **(about or {})}
-        self._check_same(kind, settings)
+        self._check_same(kind)
         self.kind = kind
         self.settings = settings
         self._write_status("running")
         write_atomically(self.folder / "settings.yaml", lambda path: path.write_text(yaml.safe_dump(settings, sort_keys=False)))
         self._board = None
 
-    def _check_same(self, kind: str, settings: dict[str, Any]) -> None:
-        """A resumed run must be the run that was interrupted: on the same data; settings may only say how far to go."""
+    def _check_same(self, kind: str) -> None:
+        """A resumed run must be of the interrupted run's kind and on its data; whoever picks the folder compares settings."""
         record = read_run(self.folder)
         if record is None:
             return
@@ -138,12 +141,15 @@ class Run:
         self._lock.close()
 
 
-class _Interrupts:
-    """Turn SIGINT and SIGTERM into a flag that is looked at between epochs, so that a stop saves and loses nothing."""
+class Interrupts:
+    """Turn signals that ask for the end into a flag that is looked at between pieces of work: a stop saves and loses nothing."""
 
-    def __enter__(self) -> _Interrupts:
+    def __enter__(self) -> Interrupts:
         self.received: int | None = None
-        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        # What nohup and background shells have ignored stays ignored.
+        heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._receive) for number in heeded}
         return self
 
     def _receive(self, number: int, frame: Any) -> None:
@@ -157,20 +163,20 @@ class _Interrupts:
 
 
 class Interrupted(DydiffError):
-    """The run was stopped by a signal after saving its state."""
+    """The work was stopped by a signal after saving its state."""
 
 
 def drive(stage: Stage, run: Run, save_every: int, on_epoch: Callable[[dict[str, float]], None] = lambda record: None) -> None:
     """Train a stage to its end inside a run folder: resume, log every epoch, save every `save_every` epochs and on signals.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM arrived; the state is saved and the run can be resumed.
+        Interrupted: a signal asked for the end; the state is saved and the run can be resumed.
         DydiffError: whatever the stage raises about its data.
     """
-    run.restore(stage)
     status = "failed"
     try:
-        with _Interrupts() as interrupts:
+        run.restore(stage)
+        with Interrupts() as interrupts:
             while not stage.finished:
                 record = stage.run_epoch()
                 run.log(stage.epoch, record)
@@ -187,11 +193,13 @@ def drive(stage: Stage, run: Run, save_every: int, on_epoch: Callable[[dict[str,
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
-    """The run.json of a folder, or None where there is none that can be read."""
+    """The run.json of a folder, or None where there is none of ours that can be read."""
     try:
-        return json.loads((Path(folder) / "run.json").read_text())
+        record = json.loads((Path(folder) / "run.json").read_text())
     except (OSError, ValueError):
         return None
+    needed = {"kind", "dataset", "fingerprint", "status", "updated"}
+    return record if isinstance(record, dict) and needed <= record.keys() else None
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
@@ -269,6 +277,17 @@ def find_model(root: Path, kind: str, dataset: Dataset, path: str, product: str 
         f"No finished {kind} run on dataset '{dataset.name}' under '{root}'. Train one there first, or give its path "
         "instead of 'auto'."
     )
+
+
+@contextlib.contextmanager
+def removed_if_empty(folder: Path) -> Iterator[None]:
+    """Take a new run folder away again when the work in it fails before anything was written there."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise
 
 
 def new_folder(root: Path, name: str) -> Path:

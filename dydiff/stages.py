@@ -184,7 +184,7 @@ def build_policy(variant: Variant, problem: Problem, device: str, root: Path, pr
         spaces,
         real=ReplayBuffer.from_transitions(problem.policy_transitions(device), params.replay_buffer_size),
         synthetic=ReplayBuffer(params.model_replay_buffer_size, dataset.observation_dim, dataset.action_dim, agent.device),
-        rollouts=_build_rollouts(constants, problem, device, root) if params.real_ratio < 1 else None,
+        rollouts=build_rollouts(constants, problem, device, root) if params.real_ratio < 1 else None,
         evaluation=evaluation,
         saving=Saving(
             params.freq_saving,
@@ -215,10 +215,17 @@ def _agent_arguments(variant: Variant, problem: Problem) -> dict[str, Any]:
     return arguments
 
 
-def _build_rollouts(constants: Constants, problem: Problem, device: str, root: Path) -> Rollouts:
+def build_rollouts(constants: Constants, problem: Problem, device: str, root: Path) -> Rollouts:
+    """The models of a DyDiff run and the settings of its rollouts; models are looked up under `root`.
+
+    Raises:
+        DydiffError: a model is missing, was trained on other data, or does not fit the others or the settings.
+    """
     params, dataset = constants.rl_trainer_params, problem.dataset
     paths = constants.diff_model_params.model_paths
     paths = [paths] if isinstance(paths, str) else paths
+    if not paths:
+        raise DydiffError("diff_model_params.model_paths is empty; name a diffusion model, or use 'auto'.")
     models = [load_diffusion_model(find_model(root, DIFFUSION, dataset, path), dataset, device) for path in paths]
     for model in models:
         if not model.manifest["include_action"]:
@@ -229,7 +236,7 @@ def _build_rollouts(constants: Constants, problem: Problem, device: str, root: P
             raise DydiffError(f"The diffusion models differ in their horizon: {[each.horizon for each in models]}.")
     dynamics = load_dynamics(find_model(root, DYNAMICS, dataset, constants.dyn_model_params.load_path), dataset, device)
     reward = load_reward(find_model(root, REWARD, dataset, constants.model_params.load_path), dataset, device)
-    horizon = models[0].horizon if models else 0
+    horizon = models[0].horizon
     length = horizon if params.rollout_length == -1 else params.rollout_length
     if not 2 <= length <= horizon:
         raise DydiffError(
@@ -267,22 +274,30 @@ def _build_rollouts(constants: Constants, problem: Problem, device: str, root: P
     )
 
 
-def run_variant(variant: Variant, folder: Path, root: Path, device: str, settings: dict[str, Any]) -> None:
-    """Train one variant of an experiment in `folder`, resuming what is there; models are looked up under `root`."""
+def run_variant(
+    variant: Variant, folder: Path, root: Path, device: str, settings: dict[str, Any], description: str = ""
+) -> None:
+    """Train one variant of an experiment in `folder`, resuming what is there; models are looked up under `root`.
+
+    `settings` identify the run; `description` is free text that is kept with it.
+    """
     seed_everything(variant.constants.seed)
     problem = load_problem(variant.constants.dataset_name, variant.constants.env_specs.env_name)
     progress = Progress(folder.name)
     if variant.is_policy:
         stage = build_policy(variant, problem, device, root, progress)
-        progress.begin(stage.num_epochs * stage.updates_per_epoch, "updates")
+        length, unit = stage.num_epochs * stage.updates_per_epoch, "updates"
         kind, save_every = POLICY, variant.constants.rl_trainer_params.freq_saving
     else:
         stage = build_one_step(variant, problem, device)
-        progress.begin(stage.fit.max_epochs, "epochs")
+        length, unit = stage.fit.max_epochs, "epochs"
         kind, save_every = KINDS[variant.stage], 1
-    # Scores of different simulators do not compare, so the name of this one stays beside them.
-    simulator = f"{problem.spec.backend}, MuJoCo {simulator_version()}" if problem.spec else "none"
-    run = Run(folder, kind, problem.dataset, settings, {"simulator": simulator} if variant.is_policy else {})
+    about = {"description": description} if description else {}
+    if variant.is_policy:
+        # Scores of different simulators do not compare, so the name of this one stays beside them.
+        about["simulator"] = f"{problem.spec.backend}, MuJoCo {simulator_version()}" if problem.spec else "none"
+    run = Run(folder, kind, problem.dataset, settings, about)
+    progress.begin(length, unit)
     with progress:
         drive(stage, run, save_every, progress.watch(stage, one_by_one=not variant.is_policy))
 
@@ -349,8 +364,8 @@ def train_diffusion(
         cond_on_action,
         progress.advance,
     )
-    progress.begin(duration, "samples")
     run = Run(folder, DIFFUSION, dataset, settings)
+    progress.begin(duration, "samples")
     with progress:
         drive(stage, run, state_ticks, progress.watch(stage, one_by_one=False))
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from dydiff.device import find_device
 from dydiff.errors import DydiffError
-from dydiff.experiment import Variant, load_experiment
+from dydiff.experiment import Experiment, Variant, load_experiment
 from dydiff.progress import Progress
-from dydiff.runs import find_run_of, new_folder, read_run
+from dydiff.runs import Interrupted, Interrupts, find_run_of, new_folder, read_run, removed_if_empty
 from dydiff.stages import run_variant
 
 LOG = "output.log"
@@ -41,38 +41,50 @@ def run_all(file: str, overrides: Sequence[str], dataset: str | None, device: st
         pending.append((index, folder or new_folder(root, label(name, variant))))
     if len(pending) == 1:
         index, folder = pending[0]
-        run_variant(experiment.variants[index], folder, root, devices[0], describe(name, experiment.variants[index]))
+        with removed_if_empty(folder):
+            _run_variant(experiment, index, folder, root, devices[0])
         print(f"Run folder: {folder}")
         return
     arguments = ["-e", file, "--outdir", str(root)]
     arguments += [word for text in overrides for word in ("--set", text)] + (["--dataset", dataset] if dataset else [])
-    _run_workers(pending, arguments, devices, max(experiment.meta.num_workers, 1))
+    _run_workers(pending, arguments, devices, experiment.meta.num_workers)
 
 
 def run_one(
     file: str, overrides: Sequence[str], dataset: str | None, device: str, root: Path, index: int, folder: Path
 ) -> None:
     """Run one variant in its folder: the body of a worker process."""
-    experiment = load_experiment(file, list(overrides), dataset)
-    variant = experiment.variants[index]
-    run_variant(variant, folder, root, find_device(device), describe(experiment.meta.exp_name, variant))
+    _run_variant(load_experiment(file, list(overrides), dataset), index, folder, root, find_device(device))
+
+
+def _run_variant(experiment: Experiment, index: int, folder: Path, root: Path, device: str) -> None:
+    variant, meta = experiment.variants[index], experiment.meta
+    run_variant(variant, folder, root, device, describe(meta.exp_name, variant), meta.description)
 
 
 def _run_workers(pending: list[tuple[int, Path]], arguments: list[str], devices: list[str], num_workers: int) -> None:
-    """Keep up to `num_workers` processes busy; a failed one never stops the others, and never goes unnoticed."""
+    """Keep up to `num_workers` processes busy; a failed one never stops the others, and never goes unnoticed.
+
+    Raises:
+        Interrupted: a signal asked for the end; the workers have saved and stopped.
+        DydiffError: some variants failed (names their logs).
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // num_workers, 1))}
     queue, running, failed = list(pending), {}, []
     free_slots = list(range(num_workers))
-    with Progress("variants") as progress:
+    with Progress("variants") as progress, Interrupts() as interrupts:
         progress.begin(len(pending), "variants")
         try:
-            while queue or running:
+            while (queue or running) and not interrupts.received:
                 while queue and free_slots:
                     (index, folder), slot = queue.pop(0), free_slots.pop(0)
                     command = [sys.executable, "-m", "dydiff.cli", "worker", *arguments, "--variant", str(index)]
                     command += ["--folder", str(folder), "--device", devices[slot % len(devices)]]
                     with open(folder / LOG, "a") as log:
-                        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+                        # In a session of its own a worker gets one signal, ours; from the terminal it would get a second.
+                        process = subprocess.Popen(
+                            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+                        )
                     running[process] = (folder, slot)
                 time.sleep(0.2)
                 for process in [process for process in running if process.poll() is not None]:
@@ -84,11 +96,15 @@ def _run_workers(pending: list[tuple[int, Path]], arguments: list[str], devices:
                         progress.say(f"FAILED: {folder}, see {folder / LOG}")
                     else:
                         progress.say(f"Finished: {folder}")
-        finally:  # an interrupt of this process reaches the workers, which save and stop
+        finally:  # after an interrupt the workers save and stop
             for process in running:
                 process.terminate()
             for process in running:
                 process.wait()
+    if interrupts.received:
+        raise Interrupted(
+            f"Stopped by signal {interrupts.received}; the running variants have saved their state. Continue with --resume."
+        )
     if failed:
         logs = ", ".join(str(folder / LOG) for folder in failed)
         raise DydiffError(

@@ -24,9 +24,9 @@ from dydiff.kernels.reference import churned, inpaint, noise_schedule
 
 _import_error = ""
 try:
-    from dydiff.kernels import _edm
+    from dydiff.kernels import _native
 except ImportError as error:
-    _edm = None
+    _native = None
     _import_error = str(error)
 
 __all__ = [
@@ -65,17 +65,17 @@ def why_unavailable(device: torch.device | str = "cpu") -> str:
     )
     if kind not in ("cpu", "cuda"):
         return f"There is no compiled EDM step for {kind} tensors, only for cpu and cuda; plain PyTorch takes its place."
-    if _edm is None:
+    if _native is None:
         return (
-            f"The compiled EDM step (dydiff.kernels._edm) is missing: {_build_report() or _import_error}. "
+            f"The compiled EDM step (dydiff.kernels._native) is missing: {_build_report() or _import_error}. "
             f"Plain PyTorch takes its place. To build it, {rebuild}."
         )
-    if not hasattr(_edm, kind):
+    if not hasattr(_native, kind):
         return (
             f"The compiled EDM step has no CUDA unit: {_build_report() or 'it was built without nvcc'}. "
             f"Plain PyTorch takes its place. To build it, {rebuild}."
         )
-    if kind == "cuda" and (obstacle := _edm.cuda.obstacle()):
+    if kind == "cuda" and (obstacle := _native.cuda.obstacle()):
         return f"The compiled EDM step cannot use the GPU: {obstacle}. Plain PyTorch takes its place."
     return ""
 
@@ -229,7 +229,7 @@ def _condition_arguments(x: Tensor, first_observation: Tensor | None, actions: T
 
 
 def _call(operation: str, device: torch.device, *arguments: int | float) -> None:
-    unit = getattr(_edm, device.type, None)
+    unit = getattr(_native, device.type, None)
     if unit is None:
         raise DydiffError(why_unavailable(device))
     function = getattr(unit, operation)
@@ -241,7 +241,7 @@ def _call(operation: str, device: torch.device, *arguments: int | float) -> None
 
 
 def _build_report() -> str:
-    path = Path(__file__).with_name("_edm_build.txt")
+    path = Path(__file__).with_name("_native_build.txt")
     return f"the installation {path.read_text().strip()}" if path.exists() else ""
 
 

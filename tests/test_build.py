@@ -24,7 +24,7 @@ from dydiff.kernels import edm
 x = torch.ones(2, 3, 4)
 backend = edm.available_backend("cpu", torch.float32)
 x_hat, _ = edm.churn_step(x, x, 1.0, 1.25, 1.0, backend=backend)
-print(edm.__file__, backend, hasattr(edm._edm, "cuda"), x_hat.sum().item())
+print(edm.__file__, backend, hasattr(edm._native, "cuda"), x_hat.sum().item())
 print(edm.why_unavailable("cpu"), edm.why_unavailable("cuda"))
 """
 
@@ -37,7 +37,7 @@ class Installation:
         source.mkdir()
         for name in SOURCES:
             if (ROOT / name).is_dir():
-                shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("_edm*", "__pycache__"))
+                shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("_native*", "__pycache__"))
             elif (ROOT / name).exists():
                 shutil.copy(ROOT / name, source / name)
         hidden = folder / "hidden"
@@ -63,7 +63,7 @@ class Installation:
 
     @property
     def binaries(self) -> list[Path]:
-        return list(self.site.glob("dydiff/kernels/_edm*.so"))
+        return list(self.site.glob("dydiff/kernels/_native*.so"))
 
     def probe(self) -> str:
         output = run([sys.executable, "-W", "ignore", "-c", PROBE], self.site, PYTHONPATH=str(self.site))

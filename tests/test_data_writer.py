@@ -52,7 +52,7 @@ def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(writer.os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(DydiffError, match="disk full"):
         write_dataset(path, make_arrays(40), {"seed": 2})
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

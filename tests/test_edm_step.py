@@ -102,7 +102,7 @@ def test_extension_writes_its_output_and_nothing_else():
     ):
         buffers = [torch.full((size + 2 * guard,), math.nan) for _ in range(number_of_outputs)]
         outputs = [buffer[guard:].data_ptr() for buffer in buffers]
-        getattr(edm._edm.cpu, name)(*inputs[:number_of_inputs], *outputs, *arguments)
+        getattr(edm._native.cpu, name)(*inputs[:number_of_inputs], *outputs, *arguments)
         for buffer in buffers:
             assert buffer[guard:-guard].isfinite().all(), name
             assert buffer[:guard].isnan().all() and buffer[-guard:].isnan().all(), name
@@ -197,7 +197,7 @@ def test_extension_refuses_what_it_cannot_address():
 
 
 def test_missing_extension_explains_itself(monkeypatch):
-    monkeypatch.setattr(edm, "_edm", None)
+    monkeypatch.setattr(edm, "_native", None)
     edm._warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="pip install -e"):
         assert edm.available_backend("cpu", torch.float32) == "reference"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ import h5py
 import numpy as np
 
 from dydiff.data.dataset import Scalar, dataset_from_arrays
+from dydiff.errors import DydiffError
 
 
 def write_dataset(path: str | Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Scalar]) -> Path:
@@ -18,14 +20,14 @@ def write_dataset(path: str | Path, arrays: Mapping[str, np.ndarray], metadata: 
     arrays: observations [N, O], actions [N, A], rewards [N], terminals [N] and any of timeouts [N],
     next_observations [N, O], infos/qpos [N, ...], infos/qvel [N, ...]; each keeps its dtype. metadata: one text or
     number per key, stored as a scalar under `metadata/`. Folders are made. Returns the path.
-    Raises DydiffError for arrays that `load_dataset` would refuse.
+    Raises DydiffError for arrays that `load_dataset` would refuse and where the file cannot be written.
     """
     path = Path(path).expanduser()
     dataset_from_arrays(arrays, path.name, path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     # A reader sees the old file or the whole new one, never a part: rename is atomic within a folder.
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with h5py.File(part, "w") as file:
             for key, values in arrays.items():
                 file.create_dataset(key, data=values, compression="gzip")
@@ -34,8 +36,11 @@ def write_dataset(path: str | Path, arrays: Mapping[str, np.ndarray], metadata: 
         _flush(part)
         os.replace(part, path)
         _flush(path.parent)
+    except OSError as error:
+        raise DydiffError(f"Cannot write the dataset {str(path)!r}: {error}. Free space or choose another path.") from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where the folder itself is at fault, so is this
+            part.unlink()
     return path
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from dydiff.kernels.reference import inpaint
+from dydiff.networks.fused_unet import Blocks, FusedUNet
 
 P_MEAN, P_STD = -1.2, 1.2  # ln(sigma) ~ N(P_MEAN, P_STD^2) in training (arXiv 2206.00364, table 1)
 
@@ -34,6 +37,31 @@ class Denoiser(nn.Module):
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
         c_skip, c_out, c_in, c_noise = precondition(sigma[:, None, None], self.sigma_data)
         return c_skip * x + c_out * self.network(c_in * x, c_noise[:, 0, 0])
+
+    def evaluate(self, model_input: Tensor, sigma: float) -> Tensor:
+        """F(model_input [B, H, D]; sigma), the raw network at one noise level for the whole batch: what a sampler calls."""
+        # One noise label: the network broadcasts what it derives from it.
+        return self.network(model_input, model_input.new_full((1,), math.log(sigma) / 4))
+
+
+class FusedDenoiser:
+    """A trained U-Net denoiser for sampling through a blocks backend; packs the weights as they are now.
+
+    Offers what samplers use: `evaluate(model_input [B, H, D], sigma)` and `sigma_data`. The time biases of a noise level are
+    computed at its first use and kept.
+    """
+
+    def __init__(self, denoiser: Denoiser, blocks: Blocks):
+        self.sigma_data = denoiser.sigma_data
+        self.unet = FusedUNet(denoiser.network, blocks)
+        self._time_biases: dict[float, list[Tensor]] = {}
+
+    def evaluate(self, model_input: Tensor, sigma: float) -> Tensor:
+        """The same as `Denoiser.evaluate`, to the backend's precision."""
+        if sigma not in self._time_biases:
+            label = model_input.new_full((1,), math.log(sigma) / 4)
+            (self._time_biases[sigma],) = self.unet.time_table(label)
+        return self.unet(model_input, self._time_biases[sigma])
 
 
 def edm_loss(

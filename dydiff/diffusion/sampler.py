@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from dydiff.diffusion.edm import Denoiser
+from dydiff.diffusion.edm import Denoiser, FusedDenoiser
 from dydiff.kernels import edm, reference
 
 Draw = Callable[[tuple[int, ...]], Tensor]  # shape -> standard normal numbers, in the order in which they are consumed
@@ -16,7 +15,7 @@ Draw = Callable[[tuple[int, ...]], Tensor]  # shape -> standard normal numbers, 
 
 @torch.no_grad()
 def sample_edm(
-    denoiser: Denoiser,
+    denoiser: Denoiser | FusedDenoiser,
     shape: tuple[int, int, int],
     draw: Draw,
     first_observation: Tensor | None = None,
@@ -39,24 +38,20 @@ def sample_edm(
     Raises:
         DydiffError: `backend="extension"` where the compiled step is not available.
     """
-    network, sigma_data = denoiser.network, denoiser.sigma_data
+    sigma_data = denoiser.sigma_data
     schedule = reference.noise_schedule(num_steps, sigma_min, sigma_max, rho)
     x = draw(shape) * schedule[0]
     backend = edm.available_backend(x.device, x.dtype) if backend == "auto" else backend
     condition = {"first_observation": first_observation, "actions": actions, "sigma_data": sigma_data, "backend": backend}
-
-    def evaluate(model_input: Tensor, sigma: float) -> Tensor:
-        # One noise label for the whole batch: the network broadcasts what it derives from it.
-        return network(model_input, model_input.new_full((1,), math.log(sigma) / 4))
 
     x = reference.inpaint(x, first_observation, actions)
     for sigma, sigma_next in zip(schedule, schedule[1:], strict=False):
         sigma_hat = reference.churned(sigma, num_steps, s_churn, s_min, s_max)
         noise = draw(shape)
         x_hat, model_input = edm.churn_step(x, noise, sigma, sigma_hat, s_noise, sigma_data=sigma_data, backend=backend)
-        output = evaluate(model_input, sigma_hat)
+        output = denoiser.evaluate(model_input, sigma_hat)
         x, model_input = edm.euler_step(x_hat, output, sigma_hat, sigma_next, **condition)
         if sigma_next > 0:
-            output = evaluate(model_input, sigma_next)
+            output = denoiser.evaluate(model_input, sigma_next)
             x = edm.heun_step(x_hat, x, output, sigma_hat, sigma_next, **condition)
     return x

@@ -51,7 +51,7 @@ class DiffusionTrainer:
         self.describe = describe
         self.batch_size = batch_size
         self.duration = duration
-        self.tick = tick
+        self.tick = max(tick, batch_size)  # a tick without a batch would have no loss to log
         self.lr = lr
         self.half_life = half_life
         self.micro_batch = min(micro_batch or batch_size, batch_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dydiff.errors import DydiffError
 from dydiff.networks.embedding import NoiseEmbedding
 
 ATTENTION_DROPOUT = 0.002
@@ -14,10 +15,17 @@ class Transformer(nn.Module):
     """The raw network F as a pre-norm decoder: rows attend to earlier rows and to the noise embedding (arXiv 1706.03762).
 
     Shapes: x [B, H, D] and noise_label [B] (or [1], shared by the batch) -> [B, H, D].
+
+    Raises:
+        DydiffError: `width` does not divide into the heads, or the sinusoidal embedding's halves.
     """
 
     def __init__(self, data_dim: int, horizon: int, width: int = 768, num_layers: int = 4, num_heads: int = 2):
         super().__init__()
+        if width < 4 or width % 2 or width % num_heads:
+            raise DydiffError(
+                f"Transformer_RL's dim must be even, at least 4 and divisible by its {num_heads} heads; {width} is not."
+            )
         self.embed = NoiseEmbedding(width)
         self.input = nn.Linear(data_dim, width)
         self.position = nn.Parameter(torch.randn(1, horizon, width) * 0.02)

@@ -1,0 +1,26 @@
+"""The only place that knows torch.compile and CUDA graphs: turns plain functions into compiled or captured ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dydiff.errors import DydiffError
+
+
+def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function with Inductor at its first call; raises DydiffError then if the machine cannot compile."""
+    compiled = torch.compile(function, dynamic=False)
+
+    def call(*arguments: Any) -> Any:
+        try:
+            return compiled(*arguments)
+        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+            raise DydiffError(
+                f"torch.compile cannot compile here ({str(error).splitlines()[0]}). Install a C++ compiler (CPU) or a matching "
+                "Triton (GPU), or choose another sampler_kwargs.backend."
+            ) from error
+
+    return call

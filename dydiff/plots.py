@@ -1,0 +1,137 @@
+"""The pictures of `dydiff report`: every function draws plain arrays into one PNG file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # draws into files: no display is needed, and none is opened
+
+import numpy as np  # noqa: E402 - pyplot must come after the choice above
+from matplotlib import pyplot  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+# Okabe and Ito's palette: told apart by colour-blind eyes, and in grey by lightness.
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+REFERENCE = "#777777"
+TRUTH = "#222222"
+LABELS = {"position": "position error (m)", "state": "state error\n(RMS of z-scored observations)"}
+MAZE_ROLLOUTS = 16
+ROLLOUTS, COLUMNS = 3, 4  # of other environments
+LEGEND = {"loc": "outside upper center", "frameon": False}
+
+
+@contextmanager
+def _figure(path: Path, rows: int, columns: int, width: float, height: float, share: bool = False) -> Iterator[Any]:
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(width, height), squeeze=False, sharex=share, sharey="row" if share else False, layout="constrained"
+    )
+    yield figure, axes
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def draw_errors(errors: dict[str, Any], path: Path) -> None:
+    """Rollout error by step: `errors[quantity][model]` holds `mean` and `standard_error` by row."""
+    quantities = [quantity for quantity in LABELS if quantity in errors]
+    with _figure(path, 1, len(quantities), 4.6 * len(quantities), 3.8) as (figure, axes):
+        for ax, quantity in zip(axes[0], quantities, strict=True):
+            *references, single, dydiff = errors[quantity].items()
+            for (name, values), style in [
+                *((each, {"color": REFERENCE, "linestyle": ":"}) for each in references),
+                (single, {"color": COLOURS[0], "linestyle": "--"}),
+                (dydiff, {"color": COLOURS[1]}),
+            ]:
+                mean, error = (np.array([np.nan if v is None else v for v in values[key]]) for key in ("mean", "standard_error"))
+                steps = np.arange(1, len(mean))  # in row 0 all of them are at the start
+                ax.plot(steps, mean[1:], label=name, linewidth=2, **style)
+                ax.fill_between(steps, (mean - error)[1:], (mean + error)[1:], color=style["color"], alpha=0.2, linewidth=0)
+            ax.set(xlabel="step of the rollout", ylabel=LABELS[quantity], yscale="log")
+            ax.grid(alpha=0.3, which="both")
+        _legend(figure, axes[0, 0], "band: ± one standard error over the starts")
+
+
+def draw_maze_rollouts(
+    environment: str, simulated: np.ndarray, alive: np.ndarray, modelled: dict[str, np.ndarray], path: Path
+) -> None:
+    """The first rollouts on the maze's plan, one panel per model: raw observations [B, H, O], alive [B, H]."""
+    with _figure(path, 1, len(modelled), 4.4 * len(modelled), 4.9, share=True) as (figure, axes):
+        for ax, (name, observation), colour in zip(axes[0], modelled.items(), COLOURS, strict=False):
+            _draw_plan(ax, environment)
+            for row in range(min(MAZE_ROLLOUTS, len(simulated))):
+                truth, model = (positions[row, alive[row], :2].T for positions in (simulated, observation))
+                first = row == 0
+                ax.plot(*truth, color=TRUTH, linewidth=3.5, alpha=0.45, label="simulator" if first else None)
+                ax.plot(*model, color=colour, linewidth=1.4, label=name if first else None)
+                ax.plot(*truth[:, :1], "o", color=TRUTH, markersize=5, label="start" if first else None)
+                ax.plot(*truth[:, -1:], "x", color=TRUTH, markersize=6, label="end in the simulator" if first else None)
+            ax.set(title=name, xlabel="x (m)", aspect="equal")
+        axes[0, 0].set(ylabel="y (m)")
+        handles = {label: handle for ax in axes[0] for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+        figure.legend(handles.values(), handles.keys(), ncols=len(handles), **LEGEND)
+
+
+def _draw_plan(ax: Axes, environment: str) -> None:
+    """Walls, and the disk that is rewarded, in the particle's coordinates."""
+    from dydiff.maze import BODY_OFFSET, GOAL_RADIUS, LAYOUTS, goal_cell  # loads MuJoCo
+
+    layout = environment.split("-")[1]
+    for i, tiles in enumerate(LAYOUTS[layout]):
+        for j, tile in enumerate(tiles):
+            if tile == "#":
+                corner = (i - BODY_OFFSET - 0.5, j - BODY_OFFSET - 0.5)
+                ax.add_patch(pyplot.Rectangle(corner, 1, 1, facecolor="#C8C8C8", edgecolor="#C8C8C8"))
+    goal = pyplot.Circle(goal_cell(layout), GOAL_RADIUS, facecolor="#F0E442", alpha=0.6, label="rewarded", zorder=0.5)
+    ax.add_patch(goal)
+    height, width = len(LAYOUTS[layout]), len(LAYOUTS[layout][0])
+    ax.set(xlim=(-BODY_OFFSET, height - 1 - BODY_OFFSET), ylim=(-BODY_OFFSET, width - 1 - BODY_OFFSET))  # half of the rim
+
+
+def draw_columns(
+    environment: str, simulated: np.ndarray, alive: np.ndarray, modelled: dict[str, np.ndarray], path: Path
+) -> None:
+    """The first observation columns of the first rollouts over time: raw observations [B, H, O], alive [B, H]."""
+    rows, columns = min(COLUMNS, simulated.shape[-1]), min(ROLLOUTS, len(simulated))
+    with _figure(path, rows, columns, 3.6 * columns, 1.9 * rows + 0.6, share=True) as (figure, axes):
+        for column in range(rows):
+            axes[column, 0].set(ylabel=f"observation {column}\n(raw units)")
+            for start in range(columns):
+                ax, steps = axes[column, start], np.flatnonzero(alive[start])
+                ax.plot(steps, simulated[start, steps, column], color=TRUTH, linewidth=3.5, alpha=0.45, label="simulator")
+                for (name, observation), colour, line in zip(modelled.items(), COLOURS, ("--", "-"), strict=False):
+                    ax.plot(steps, observation[start, steps, column], line, color=colour, linewidth=1.6, label=name)
+                ax.grid(alpha=0.3)
+        for start in range(columns):
+            axes[0, start].set(title=f"{environment}, start {start + 1}")
+            axes[-1, start].set(xlabel="step")
+        _legend(figure, axes[0, 0])
+
+
+def draw_curves(scores: list[dict[str, Any]], behaviour: float | None, path: Path) -> None:
+    """Returns over the gradient updates: one line per variant, the mean over its seeds, and the seeds as thin lines."""
+    with _figure(path, 1, 1, 6.4, 4.2) as (figure, ((ax,),)):
+        for index, score in enumerate(scores):
+            style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 4}
+            seeds = list(zip(score["updates"], score["returns"], strict=True))
+            label = f"{score['variant']} ({len(seeds)} seed{'s' if len(seeds) > 1 else ''})"
+            common = sorted(set.intersection(*(set(updates) for updates, _ in seeds)))
+            by_update = [dict(zip(updates, returns, strict=True)) for updates, returns in seeds]
+            ax.plot(common, [np.mean([seed[update] for seed in by_update]) for update in common], label=label, linewidth=2, **style)
+            for updates, returns in seeds if len(seeds) > 1 else []:
+                ax.plot(updates, returns, color=style["color"], linewidth=0.8, alpha=0.5)
+        if behaviour is not None:
+            ax.axhline(behaviour, color=REFERENCE, linestyle=":", label="the data's mean reward")
+        ax.set(xlabel="gradient updates of the policy", ylabel="return of an episode")
+        ax.grid(alpha=0.3)
+        _legend(figure, ax, "thin lines: single seeds" if any(len(score["seeds"]) > 1 for score in scores) else None)
+
+
+def _legend(figure: Figure, ax: Axes, title: str | None = None) -> None:
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=min(len(handles), 3), title=title, title_fontsize="small", **LEGEND)

@@ -1,0 +1,120 @@
+"""How the Triton kernels are launched: tiles to choose from, the choice for a shape, and a launch as a value.
+
+Every tile in TILES is compiled offline by tests/test_offline_compile.py. `choose` takes a measured choice from
+launch_table.json where `python -m dydiff.kernels.tune` has written one for this family of cards and class of shapes,
+and otherwise the largest tile that fills the card. Nothing is ever tuned on a user's first call.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+TABLE = Path(__file__).with_name("launch_table.json")
+# Programs that keep the smaller cards of a family busy: an A100 has 108 multiprocessors, an H100 132.
+BUSY = 100
+COLUMN_CLASSES = (32, 64, 128, 256)
+ROW_CLASSES = (32, 64, 128, 256)
+
+
+class Tile(NamedTuple):
+    """Output rows and columns of one program, K a step, warps, and steps in flight."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self[:3])) + f" warps {self.warps} stages {self.stages}"
+
+    @property
+    def stage_bytes(self) -> int:
+        return 2 * self.depth * (self.rows + self.columns)
+
+
+# From large to small. "conv" is the two-pass way (any shape), "block" one kernel a block (whole samples, whole groups).
+TILES = {
+    "sm_90": {
+        "conv": [
+            Tile(128, 256, 64, 8, 4),
+            Tile(128, 128, 64, 8, 4),
+            Tile(128, 64, 64, 4, 4),
+            Tile(64, 64, 64, 4, 6),
+            Tile(64, 32, 64, 4, 6),
+        ],
+        "block": [Tile(256, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 5), Tile(64, 32, 64, 4, 6)],
+    },
+    "sm_80": {
+        "conv": [Tile(128, 128, 32, 8, 4), Tile(128, 64, 32, 4, 4), Tile(64, 64, 64, 4, 4), Tile(64, 32, 64, 4, 5)],
+        "block": [Tile(256, 128, 32, 8, 3), Tile(128, 128, 32, 8, 4), Tile(64, 128, 32, 4, 4), Tile(64, 32, 64, 4, 5)],
+    },
+}
+# Shared memory that a block may have, in KiB, by compute capability (CUDA C++ programming guide).
+SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
+
+
+def family(capability: int) -> str:
+    """The list of tiles for a card: "sm_90" with wgmma and TMA, "sm_80" for all others (120 has no wgmma)."""
+    return "sm_90" if 90 <= capability < 120 else "sm_80"
+
+
+def fits_card(tile: Tile, capability: int) -> Tile:
+    """The tile with as many stages as the card's shared memory holds."""
+    room = SHARED_KIB.get(capability, 99) * 1024 // tile.stage_bytes
+    return tile._replace(stages=max(min(tile.stages, room), 1))
+
+
+def round_to_class(number: int, classes: tuple[int, ...]) -> int:
+    return next((limit for limit in classes if number <= limit), classes[-1])
+
+
+def shape_class(kind: str, rows: int, columns: int, length: int) -> str:
+    """What the table knows a shape by: kernel, columns, positions of a sample where they matter, and few or many rows."""
+    many = rows * columns >= BUSY * 128 * 128
+    positions = f" length {round_to_class(length, ROW_CLASSES)}" if kind == "block" else ""
+    return f"{kind} columns {round_to_class(columns, COLUMN_CLASSES)}{positions} {'many' if many else 'few'}"
+
+
+def choose(kind: str, capability: int, rows: int, columns: int, length: int, fits: Callable[[Tile], bool]) -> Tile | None:
+    """The tile for an output of this many rows and columns, of those that fit; None if none does."""
+    tiles = [tile for tile in TILES[family(capability)][kind] if fits(tile)]
+    if not tiles:
+        return None
+    measured = read_table(TABLE).get(family(capability), {}).get(shape_class(kind, rows, columns, length))
+    if measured is not None and Tile(*measured) in tiles:
+        return fits_card(Tile(*measured), capability)
+    # No wider than the output unless the others are used up, and at least one program for each multiprocessor.
+    busy = [tile for tile in tiles if -(-rows // tile.rows) * -(-columns // tile.columns) >= BUSY and tile.columns < 2 * columns]
+    return fits_card(busy[0] if busy else tiles[-1], capability)
+
+
+@cache
+def read_table(path: Path) -> dict[str, dict[str, list[int]]]:
+    """Measured choices: family -> class of shapes -> tile."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+@dataclass
+class Launch:
+    """A kernel with its grid and arguments: `run` starts it; a test compiles it and a tuner times it instead."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    warps: int
+    stages: int = 1
+
+    def run(self) -> None:
+        """Start the kernel on the device and the current stream of its output `out`."""
+        device = self.arguments["out"].device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            self.kernel[self.grid](**self.arguments, num_warps=self.warps, num_stages=self.stages)

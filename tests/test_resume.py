@@ -1,0 +1,157 @@
+"""A run that is killed again and again ends exactly where an undisturbed one does.
+
+Commands run in children of multiprocessing's fork server, which has imported everything once: they are the command line less
+the seconds that a fresh interpreter takes to import torch.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from conftest import DATASET
+
+from dydiff.checkpoint import load_checkpoint
+from dydiff.models import DIFFUSION, DYNAMICS, POLICY, REWARD
+from dydiff.runs import read_log, read_run
+
+REPOSITORY = Path(__file__).parents[1]
+children = multiprocessing.get_context("forkserver")
+# What a run imports late: optimizers pull in torch._dynamo.
+children.set_forkserver_preload(["dydiff.workers", "gymnasium", "mujoco", "pytest", "torch._dynamo", "torch.utils.tensorboard"])
+
+KINDS = {"diffusion": DIFFUSION, "dynamics": DYNAMICS, "reward": REWARD}
+
+
+def run_script(script: str, arguments: list[str], environment: dict[str, str], output: Path) -> None:
+    """The body of a child: a script of the repository as `python SCRIPT ARGUMENTS` runs it."""
+    os.environ.update(environment)
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.argv = [script, *arguments]
+    runpy.run_path(str(REPOSITORY / script), run_name="__main__")
+
+
+class Workplace:
+    """One stage's command in a folder of its own, started as often as it takes."""
+
+    def __init__(self, stage: str, root: Path, dataset_folder: Path, trained: Path | None):
+        self.stage = stage
+        self.root = root
+        self.environment = {"D4RL_DATASET_DIR": str(dataset_folder)}
+        root.mkdir()
+        self.trained = trained
+        if stage != "diffusion":
+            self.file = tiny.write_experiment(root / "experiment.yaml", stage, DATASET)
+
+    def find_run(self) -> Path | None:
+        """The folder of the run, once the run is recorded in it."""
+        found = [file.parent for file in self.root.glob("*/run.json") if (file.parent / "settings.yaml").is_file()]
+        assert len(found) <= 1, "resuming started another run"
+        return found[0] if found else None
+
+    def start(self) -> multiprocessing.Process:
+        run = self.find_run()
+        if self.stage == "diffusion":
+            resume = [f"--resume={run}"] if run else []
+            # Of the networks, the transformer alone draws from torch's global generator while it trains.
+            arguments = ["-m", DATASET, "--rl_model_type=Transformer_RL", *tiny.TRAIN, f"--outdir={self.root}", *resume]
+        else:
+            arguments = ["-e", str(self.file), "--device=cpu", f"--outdir={self.root}", "--resume", *self._models()]
+        script = "train.py" if self.stage == "diffusion" else "run_experiment.py"
+        process = children.Process(target=run_script, args=(script, arguments, self.environment, self.root / "output"))
+        process.start()
+        return process
+
+    def _models(self) -> list[str]:
+        if self.stage in ("dynamics", "reward"):
+            return []
+        path = {read_run(file.parent)["kind"]: file for file in self.trained.glob("*/model.safetensors")}
+        return [
+            f"--set=diff_model_params.model_paths={path[DIFFUSION]}",
+            f"--set=dyn_model_params.load_path={path[DYNAMICS]}",
+            f"--set=model_params.load_path={path[REWARD]}",
+        ]
+
+    def finish(self) -> Path:
+        process = self.start()
+        process.join()
+        assert process.exitcode == 0, (self.root / "output").read_text()
+        run = self.find_run()
+        assert read_run(run)["status"] == "finished"
+        return run
+
+    def interrupt(self, number: int, epochs: int, delay: float) -> bool:
+        """Start, and send a signal soon after a new line has brought the log to `epochs`; whether it came before the end."""
+        run = self.find_run()
+        epochs = max(epochs, len(read_log(run)) + 1 if run else 1)
+        process = self.start()
+        while process.is_alive() and not ((run := self.find_run()) and len(read_log(run)) >= epochs):
+            time.sleep(0.002)
+        time.sleep(delay)
+        os.kill(process.pid, number)
+        process.join(30)
+        assert process.exitcode in (0, 1, -number), (self.root / "output").read_text()
+        status = read_run(self.find_run())["status"]
+        if number == signal.SIGTERM:
+            assert (process.exitcode, status) in ((1, "interrupted"), (0, "finished"), (-number, "running"))
+        return status != "finished"
+
+
+def products(run: Path, stage: str) -> dict[str, object]:
+    kind = KINDS.get(stage, POLICY)
+    return {file.name: load_checkpoint(file, kind) for file in run.glob("*.safetensors") if file.name != "state.safetensors"}
+
+
+def log_without_times(run: Path) -> list[dict[str, float]]:
+    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in read_log(run)]
+
+
+def assert_equal_trees(one: object, other: object, where: str = "") -> None:
+    assert type(one) is type(other), where
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_equal_trees(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), where
+        for index, pair in enumerate(zip(one, other, strict=True)):
+            assert_equal_trees(*pair, f"{where}.{index}")
+    else:
+        assert one == other, where
+
+
+@pytest.mark.parametrize("stage", ["diffusion", "dynamics", "reward", "td3_bc", "diffusion_ql", "cql"])
+def test_killed_run_ends_like_an_undisturbed_one(stage, dataset_folder, trained, tmp_path):
+    undisturbed = Workplace(stage, tmp_path / "undisturbed", dataset_folder, trained).finish()
+    expected, log = products(undisturbed, stage), log_without_times(undisturbed)
+    assert expected and [line["epoch"] for line in log] == list(range(1, len(log) + 1))
+
+    disturbed = Workplace(stage, tmp_path / "disturbed", dataset_folder, trained)
+    instants = random.Random(stage)
+    kept = []  # what the log holds when a state has surely been saved
+    signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGKILL]
+    for number, epochs in zip(signals, sorted(instants.sample(range(1, len(log)), 3)), strict=True):
+        in_time = disturbed.interrupt(number, epochs, delay=instants.uniform(0, 0.02))
+        run = disturbed.find_run()
+        if not in_time:
+            break
+        kept = read_log(run) if read_run(run)["status"] == "interrupted" else kept
+    else:
+        assert disturbed.finish() == run
+    assert_equal_trees(products(run, stage), expected)
+    assert log_without_times(run) == log
+    assert read_log(run)[: len(kept)] == kept, "epochs before the saved state were repeated"
+    assert not list(run.glob(".*.part")), "a half-written file outlived the resumed run"
