@@ -9,19 +9,20 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from dydiff.capture import compile_function
+from dydiff.capture import can_compile, compile_function
 from dydiff.diffusion.edm import Denoiser, FusedDenoiser
 from dydiff.errors import DydiffError
 from dydiff.kernels import edm
-from dydiff.kernels.unet_cpu import CpuBlocks
+from dydiff.kernels.unet_cpu import TAPS, CpuBlocks
 from dydiff.networks.unet import UNet
 
 BACKENDS = ("auto", "reference", "extension", "compiled", "bf16")
-
-SamplingDenoiser = Denoiser | FusedDenoiser
+IN_16_BIT = ("bf16",)
 
 
 class CompiledDenoiser:
@@ -33,41 +34,54 @@ class CompiledDenoiser:
 
     def evaluate(self, model_input: Tensor, sigma: float) -> Tensor:
         """The same as `Denoiser.evaluate`."""
-        return self._network(model_input, model_input.new_full((1,), sigma).log() / 4)
+        return self._network(model_input, model_input.new_full((1,), math.log(sigma) / 4))
 
 
-def choose_backend(denoiser: Denoiser) -> str:
-    """What `auto` stands for with this network on its device."""
+SamplingDenoiser = Denoiser | FusedDenoiser | CompiledDenoiser
+
+
+def prepare_denoiser(denoiser: Denoiser, backend: str) -> SamplingDenoiser:
+    """Turn a denoiser into what the sampler evaluates; fused backends copy the weights as they are now.
+
+    Raises:
+        DydiffError: unknown backend, one that this network or device cannot use, or one that is not built.
+    """
+    if backend not in BACKENDS:
+        raise DydiffError(f"Rollout backend '{backend}' is unknown; choose one of {', '.join(BACKENDS)}.")
     device = next(denoiser.parameters()).device
-    fits = isinstance(denoiser.network, UNet) and denoiser.network.kernel_size == 5
+    if backend == "auto":
+        backend = choose_backend(denoiser, device)
+    if backend == "extension" and edm.why_unavailable(device):
+        raise DydiffError(edm.why_unavailable(device))
+    if backend == "compiled":
+        return CompiledDenoiser(denoiser)
+    if backend == "bf16":
+        if device.type != "cpu" or not isinstance(denoiser.network, UNet):
+            raise DydiffError("Rollout backend 'bf16' is for UNet_RL on the CPU; use 'auto'.")
+        return FusedDenoiser(denoiser, CpuBlocks())
+    return denoiser
+
+
+def is_available(backend: str, device: torch.device | str = "cpu") -> bool:
+    """Whether a backend can be used on this machine's device with a network that fits it."""
+    device = torch.device(device)
+    if backend == "bf16":
+        return device.type == "cpu" and not edm.why_unavailable(device)
+    if backend == "extension":
+        return not edm.why_unavailable(device)
+    if backend == "compiled":
+        return can_compile(device)
+    return True
+
+
+def choose_backend(denoiser: Denoiser, device: torch.device) -> str:
+    """What `auto` stands for with this network on this device."""
+    fits = isinstance(denoiser.network, UNet) and denoiser.network.kernel_size == TAPS
     if device.type == "cpu" and fits and has_fast_bf16() and not edm.why_unavailable(device):
         return "bf16"
-    return "extension" if edm.available_backend(device, torch.float32) == "extension" else "reference"
+    return edm.available_backend(device, torch.float32)
 
 
 def has_fast_bf16() -> bool:
     """Whether this processor multiplies bfloat16 in hardware; without that, bf16 would be slower than float32."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def prepare_denoiser(denoiser: Denoiser, backend: str) -> tuple[SamplingDenoiser | CompiledDenoiser, str]:
-    """Return what the sampler evaluates, and the name of the sampler step that goes with it.
-
-    Fused backends copy the weights as they are now.
-
-    Raises:
-        DydiffError: unknown backend, one that this network or device cannot use, or one that is not built.
-    """
-    backend = choose_backend(denoiser) if backend == "auto" else backend
-    if backend == "reference":
-        return denoiser, "reference"
-    if backend == "extension":
-        return denoiser, "extension"
-    if backend == "compiled":
-        return CompiledDenoiser(denoiser), "auto"
-    if backend == "bf16":
-        device = next(denoiser.parameters()).device
-        if not isinstance(denoiser.network, UNet) or device.type != "cpu":
-            raise DydiffError("The bf16 backend is for UNet_RL on the CPU; use backend=auto.")
-        return FusedDenoiser(denoiser, CpuBlocks()), "extension"
-    raise DydiffError(f"Rollout backend '{backend}' is unknown; choose one of {', '.join(BACKENDS)}.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -24,3 +26,10 @@ def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
             ) from error
 
     return call
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile has a compiler for this device: Triton for a GPU, a C++ compiler for the CPU."""
+    if device.type == "cuda":
+        return torch.utils._triton.has_triton()
+    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name)

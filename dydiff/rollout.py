@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dydiff.backends import SamplingDenoiser, prepare_denoiser
 from dydiff.data import Spaces, Transitions
 from dydiff.diffusion.edm import Denoiser
 from dydiff.diffusion.fast_sampler import FastMode
@@ -34,8 +35,8 @@ class RolloutEngine:
     """Rolls a policy forward for a whole horizon from given start observations, all of it on the models' device.
 
     `denoisers` are one or more diffusion models of the same spaces and horizon; with several, every start is assigned to one of
-    them at random. `sampler` holds `sample_edm`'s settings; `fast`, if given, takes the place of that sampler. `chunk_size` bounds
-    how many starts are computed at a time.
+    them at random. `sampler` holds `sample_edm`'s settings; `fast`, if given, takes that sampler's place. `chunk_size` bounds how
+    many starts are computed at a time.
 
     Raises:
         DydiffError: no diffusion model, or a chunk that holds nothing.
@@ -57,14 +58,14 @@ class RolloutEngine:
             raise DydiffError("A rollout needs at least one diffusion model.")
         if chunk_size < 1:
             raise DydiffError(f"each_rollout_size must be at least 1, not {chunk_size}.")
-        self.denoisers = list(denoisers)
+        self.denoisers = [prepare_denoiser(denoiser, backend) for denoiser in denoisers]
         self.dynamics = dynamics
         self.spaces = spaces
         self.horizon = horizon
         self.iterations = iterations
         self.chunk_size = chunk_size
         self.sampler = dict(sampler or {})
-        self.backend = backend
+        self.step_backend = "reference" if backend == "reference" else "auto"
         self.fast = fast
 
     @torch.no_grad()
@@ -114,15 +115,15 @@ class RolloutEngine:
         return Trajectory(torch.stack(observations, dim=1), torch.stack(actions, dim=1))
 
     def _sample(self, first: Tensor, action: Tensor, generator: torch.Generator, draw: Draw, guess: Tensor | None) -> Tensor:
-        """Diffusion samples [B, H, D] around the given first observations and actions; fast mode starts from `guess`, if given."""
+        """Diffusion samples [B, H, D] around the given first observations and actions; fast mode starts from a `guess`."""
         width = first.shape[-1] + action.shape[-1]
 
-        def sample(denoiser: Denoiser, rows: Tensor | slice) -> Tensor:
+        def sample(denoiser: SamplingDenoiser, rows: Tensor | slice) -> Tensor:
             condition = first[rows].contiguous(), action[rows].contiguous()
             shape = (len(condition[0]), self.horizon, width)
             if self.fast is not None:
                 return self.fast.sample(denoiser, shape, draw, *condition, None if guess is None else guess[rows])
-            return sample_edm(denoiser, shape, draw, *condition, backend=self.backend, **self.sampler)
+            return sample_edm(denoiser, shape, draw, *condition, backend=self.step_backend, **self.sampler)
 
         if len(self.denoisers) == 1:
             return sample(self.denoisers[0], slice(None))

@@ -87,8 +87,8 @@ class UNet(nn.Module):
         up_widths = list(zip(reversed(widths[1:]), reversed(widths[:-1]), strict=True))
         self.up = nn.ModuleList(pair(2 * above, below) for above, below in up_widths)
         self.upsample = nn.ModuleList(nn.ConvTranspose1d(w, w, 4, stride=2, padding=1) for _, w in up_widths)
-        self.final_block = ConvBlock(dim, dim, kernel_size)
-        self.final_conv = nn.Conv1d(dim, data_dim, 1)
+        self.final_block = ConvBlock(widths[0], widths[0], kernel_size)
+        self.final_conv = nn.Conv1d(widths[0], data_dim, 1)
 
     def forward(self, x: Tensor, noise_label: Tensor) -> Tensor:
         embedding = self.embed(noise_label)

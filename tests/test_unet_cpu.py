@@ -1,0 +1,101 @@
+"""The bf16 CPU blocks against float64: Winograd transforms, normalisation, activation, resampling, at odd shapes."""
+
+import pytest
+import torch
+
+from dydiff.backends import choose_backend, prepare_denoiser
+from dydiff.diffusion.edm import Denoiser
+from dydiff.errors import DydiffError
+from dydiff.kernels import edm
+from dydiff.kernels.unet_cpu import CpuBlocks
+from dydiff.kernels.unet_reference import ReferenceBlocks
+from dydiff.networks.fused_unet import FusedUNet
+from dydiff.networks.unet import ResidualBlock, UNet
+
+pytestmark = pytest.mark.skipif(bool(edm.why_unavailable("cpu")), reason="the compiled CPU unit is not built here")
+
+# F(2, 5) on bfloat16 rows amplifies rounding (kernels/unet_cpu.py says by how much); plain bfloat16 is the yardstick.
+WINOGRAD_FACTOR = 6.0
+
+
+def poisoned(*shape: int) -> None:
+    """Fill memory of that size with NaN and free it, so that an unwritten output shows."""
+    del [torch.full(shape, float("nan"), dtype=torch.bfloat16) for _ in range(4)][:]
+
+
+def run_block(blocks, x, skip, weights, time_bias):
+    """[B, C, L] in and out, whatever the backend's layout is."""
+    channels_last = isinstance(blocks, CpuBlocks)
+    enter = (lambda t: t.transpose(1, 2).bfloat16().contiguous()) if channels_last else (lambda t: t.to(blocks.dtype))
+    y = blocks.residual_block(enter(x), None if skip is None else enter(skip), blocks.pack(weights), time_bias)
+    return (y.transpose(1, 2) if channels_last else y).double()
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    "length, channels, skip_channels, out_channels",
+    [(1, 16, 0, 16), (2, 7, 0, 16), (5, 16, 0, 16), (25, 32, 32, 8), (50, 24, 8, 40), (13, 64, 0, 128)],
+)
+def test_residual_block(batch, length, channels, skip_channels, out_channels):
+    torch.manual_seed(0)
+    block = ResidualBlock(channels + skip_channels, out_channels, 8, 5).double()
+    weights = block.state_dict()
+    x, time_bias = torch.randn(batch, channels, length).double() + 3, torch.randn(out_channels).double()
+    skip = torch.randn(batch, skip_channels, length).double() if skip_channels else None
+    exact = run_block(ReferenceBlocks(torch.float64), x, skip, weights, time_bias)
+    plain = run_block(ReferenceBlocks(torch.bfloat16), x, skip, weights, time_bias)
+    poisoned(batch, length, max(channels + skip_channels, out_channels) * 6)
+    fused = run_block(CpuBlocks(), x, skip, weights, time_bias.float())
+    assert torch.isfinite(fused).all()
+    assert (fused - exact).abs().max() <= WINOGRAD_FACTOR * (plain - exact).abs().max()
+
+
+@pytest.mark.parametrize("name, length", [("downsample", 2), ("downsample", 26), ("upsample", 1), ("upsample", 25)])
+def test_resampling(name, length):
+    torch.manual_seed(0)
+    layer = torch.nn.Conv1d(16, 16, 3, 2, 1) if name == "downsample" else torch.nn.ConvTranspose1d(16, 16, 4, 2, 1)
+    x = torch.randn(3, length, 16)
+    blocks = CpuBlocks()
+    ours = getattr(blocks, name)(x.bfloat16(), blocks.pack(layer.state_dict())).double()
+    exact = layer.double()(x.double().transpose(1, 2)).transpose(1, 2)
+    plain = layer.bfloat16()(x.bfloat16().transpose(1, 2)).transpose(1, 2).double()
+    assert ours.shape == exact.shape
+    assert (ours - exact).abs().max() <= 2 * (plain - exact).abs().max()
+
+
+@pytest.mark.parametrize(
+    "horizon, dim, mults, data_dim", [(4, 8, (1, 2, 4), 3), (20, 16, (1, 2, 4), 7), (100, 16, (1, 4, 8), 14), (7, 8, (2,), 1)]
+)
+def test_whole_network(horizon, dim, mults, data_dim):
+    torch.manual_seed(0)
+    unet = UNet(data_dim, horizon, dim, mults)
+    x, label = torch.randn(5, horizon, data_dim), torch.tensor([0.3])
+    fused = FusedUNet(unet, CpuBlocks())
+    ours = fused(x, fused.time_table(label)[0])
+    with torch.no_grad():
+        exact = unet.double()(x.double(), label.double())
+        plain = unet.bfloat16()(x.bfloat16(), label.bfloat16()).double()
+    assert ours.dtype == torch.float32 and ours.is_contiguous()
+    assert (ours - exact).norm() <= WINOGRAD_FACTOR * (plain - exact).norm()
+
+
+def test_thread_count_changes_nothing():
+    unet = UNet(3, 8, 8, (1, 2))
+    fused = FusedUNet(unet, CpuBlocks())
+    x, biases = torch.randn(7, 8, 3), fused.time_table(torch.tensor([0.1]))[0]
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(fused(x, biases))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_other_kernel_sizes_are_refused_with_a_remedy_and_auto_avoids_them():
+    denoiser = Denoiser(UNet(3, 8, 8, (1, 2), kernel_size=3), 2)
+    with pytest.raises(DydiffError, match="backend=extension"):
+        prepare_denoiser(denoiser, "bf16")
+    assert choose_backend(denoiser, torch.device("cpu")) == "extension"
