@@ -19,6 +19,7 @@ from dydiff.diffusion.fast_sampler import FastMode
 from dydiff.diffusion.sampler import Draw, sample_edm
 from dydiff.dynamics import DynamicsEnsemble
 from dydiff.errors import DydiffError
+from dydiff.ranges import named_range
 from dydiff.reward import RewardModel
 
 Policy = Callable[[Tensor], Tensor]  # observation [B, O] -> action [B, A], both in policy space
@@ -87,13 +88,16 @@ class RolloutEngine:
     ) -> Trajectory:
         """Everything between the first and the last line is in model space; policy and dynamics are wrapped at its edge."""
         first = self.spaces.observation_policy_to_model(start)
-        observation, action = self._start_autoregressively(policy, first, generator)
+        with named_range("autoregressive start"):
+            observation, action = self._start_autoregressively(policy, first, generator)
         for iteration in range(iterations):
             warm = self.fast is not None and iteration > 0
             guess = torch.cat([observation, action], dim=-1) if warm else None
-            sampled = self._sample(first, action, generator, draw, guess)
+            with named_range("sampler"):
+                sampled = self._sample(first, action, generator, draw, guess)
             observation = (observation + sampled[..., : self.spaces.observation_dim]) / 2
-            action = self._act(policy, observation)
+            with named_range("relabel"):
+                action = self._act(policy, observation)
         return Trajectory(self.spaces.observation_model_to_policy(observation), self.spaces.action_model_to_policy(action))
 
     def _act(self, policy: Policy, observation: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Is this the published method? Runs every recorded case in a folder through dydiff's public code and compares the numbers.
 
-    python tests/conformance.py DIR [--backend NAME | all]
+    python tests/conformance.py DIR [--backend NAME | all] [--device cuda]
 
 Each case is an .npz: `meta` (JSON: kind and settings), inputs, weights under published names, expected outputs. One line per
 case (and backend, for the sampler and rollout kinds); exit status 1 on any failure or unknown kind.
@@ -41,13 +41,14 @@ FIELDS = dict(zip(Transitions._fields, ("observations", "actions", "rewards", "n
 class Case:
     """One file: `case[name]` is an array as a tensor, `case.meta` the settings."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, device: str = "cpu"):
+        self.device = device
         with np.load(path, allow_pickle=False) as file:
             self.meta = json.loads(str(file["meta"]))
             self.arrays = {name: file[name] for name in file.files if name != "meta"}
 
     def __getitem__(self, name: str) -> Tensor:
-        return torch.tensor(self.arrays[name])
+        return torch.tensor(self.arrays[name], device=self.device)
 
     def get(self, name: str) -> Tensor | None:
         return self[name] if name in self.arrays else None
@@ -64,7 +65,7 @@ def read_denoiser(case: Case, weights: str = "w/") -> Denoiser:
     meta = case.meta
     network = UNet(meta["data_dim"], meta["horizon"], meta["dim"], meta["dim_mults"], meta["kernel_size"])
     network.load_state_dict(rename_unet(case.under(weights)))
-    return Denoiser(network, meta["observation_dim"], meta["sigma_data"]).eval().requires_grad_(False)
+    return Denoiser(network, meta["observation_dim"], meta["sigma_data"]).eval().requires_grad_(False).to(case.device)
 
 
 def read_dynamics(case: Case, settings: dict, weights: str, bounds: dict) -> DynamicsEnsemble:
@@ -80,7 +81,7 @@ def read_dynamics(case: Case, settings: dict, weights: str, bounds: dict) -> Dyn
         **bounds,
     )
     model.network.load_state_dict(case.under(weights))
-    return model
+    return model.to(case.device)
 
 
 def read_sampler(meta: dict) -> dict[str, float]:
@@ -129,6 +130,7 @@ def run_rollout(case: Case, backend: str) -> dict[str, Pair]:
     action_dim = meta["data_dim"] - meta["observation_dim"]
     policy = TanhGaussianPolicy(meta["observation_dim"], action_dim, meta["policy_hidden"])
     policy.network.load_state_dict(case.under("w/policy/"))
+    policy.to(case.device)
     dynamics = read_dynamics(case, meta["dynamics"], "w/dynamics/", {})
     dynamics.elites.fill_(meta["dynamics"]["elite"])
     limits, z_score = Limits(case["limits_min"], case["limits_max"]), ZScore(case["obs_mean"], case["obs_std"])
@@ -136,14 +138,15 @@ def run_rollout(case: Case, backend: str) -> dict[str, Pair]:
     engine = RolloutEngine(
         [read_denoiser(case, "w/diffusion/")],
         dynamics,
-        spaces,
+        spaces.to(case.device),
         meta["horizon"],
         meta["iterative_times"],
         sampler=read_sampler(meta),
         backend=backend,
     )
     draws = [noise for latents, churn in zip(case["latents"], case["churn_noise"], strict=True) for noise in (latents, *churn)]
-    trajectory = engine.roll_out(policy.mean_action, case["observation"], torch.Generator(), replay(*draws))
+    generator = torch.Generator(case.device)
+    trajectory = engine.roll_out(policy.mean_action, case["observation"], generator, replay(*draws))
     return {"y": (torch.cat(trajectory, dim=-1), case["y"])}
 
 
@@ -332,17 +335,17 @@ def relative_error(ours: Tensor, expected: Tensor) -> float:
     if expected.dtype == torch.bool:
         return 0.0 if torch.equal(ours, expected) else float("inf")
     ours, expected = ours.detach().double(), expected.double()
-    distance = (ours - expected).norm().item()
+    distance = (ours - expected.to(ours.device)).norm().item()
     norm = expected.norm().item()
     if norm == 0:
         return 0.0 if distance == 0 else float("inf")
     return distance / norm
 
 
-def run_file(path: Path, backends: list[str]) -> Iterator[tuple[str, float, float, str]]:
+def run_file(path: Path, backends: list[str], device: str = "cpu") -> Iterator[tuple[str, float, float, str]]:
     """Yield (kind, worst relative error, limit, backend or "") of a case, once per backend where it matters."""
-    case = Case(path)
-    kind = case.meta["kind"]
+    kind = Case(path).meta["kind"]
+    case = Case(path, device if kind in LIMITS_16_BIT else "cpu")
     if kind not in KINDS:
         yield kind, float("nan"), 0.0, "unknown kind"
         return
@@ -358,6 +361,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder with .npz cases")
     parser.add_argument("--backend", choices=("all", *BACKENDS[1:]), default="reference", help="of sampler and rollout cases")
+    parser.add_argument("--device", default="cpu", help="of sampler and rollout cases")
     options = parser.parse_args(arguments)
     files = sorted(options.folder.glob("*.npz"))
     if not files:
@@ -365,10 +369,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     backends = [options.backend]
     if options.backend == "all":
-        backends = [name for name in BACKENDS[1:] if is_available(name)]
+        backends = [name for name in BACKENDS[1:] if is_available(name, options.device)]
     passed = failed = 0
     for path in files:
-        for kind, error, limit, backend in run_file(path, backends):
+        for kind, error, limit, backend in run_file(path, backends, options.device):
             good = error <= limit  # NaN fails
             passed, failed = passed + good, failed + (not good)
             print(f"{path.name:36s}  {kind:15s}  {error:9.2e}  {limit:7.0e}  {'pass' if good else 'FAIL'}  {backend}".rstrip())

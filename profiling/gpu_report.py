@@ -1,0 +1,131 @@
+"""Settles the open GPU questions in one command: builds, tests and races everything on the card at hand, within ten minutes.
+
+    python profiling/gpu_report.py [--out FOLDER] [--cases DIR] [--only PART ...]
+
+Every part runs as a process of its own with a time limit, so that one that fails or hangs costs only itself. The report is one
+JSON file: the machine, and for each part its command, exit status, seconds, the numbers it wrote and the end of its output.
+Exit status 1 if any part failed; the last lines say which.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+KEPT_OUTPUT = 4000  # characters of a part's output that the report keeps
+
+
+@dataclass
+class Part:
+    """One question: what to run, for how long at most, and the JSON-lines file it writes (if any)."""
+
+    name: str
+    command: list[str]
+    seconds: int
+    writes: str | None = None
+
+
+def list_parts(out: Path, cases: Path) -> list[Part]:
+    """All parts, the ones that everything else depends on first."""
+    python = sys.executable
+    race, epoch, updates, pretrain = (str(out / f"{name}.jsonl") for name in ("race", "epoch", "updates", "pretrain"))
+    parts = [
+        Part("build", [python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "-e", "."], 120),
+        Part("tests", [python, "-m", "pytest", "-q", "tests/test_edm_step.py", "tests/test_unet_kernels.py"], 150),
+        Part("conformance", [python, "tests/conformance.py", str(cases), "--backend", "all", "--device", "cuda"], 60),
+        Part("race", [python, "benchmarks/rollout_speed.py", "--quick", "--json", race], 150, race),
+        Part("kernels", [python, "-m", "pytest", "-q", "benchmarks/test_kernel_speed.py"], 60),
+        Part("epoch", [python, "benchmarks/epoch_speed.py", "--quick", "--json", epoch], 60, epoch),
+        Part("updates", [python, "benchmarks/updates_speed.py", "--quick", "--json", updates], 45, updates),
+        Part("pretrain", [python, "benchmarks/pretrain_speed.py", "--quick", "--json", pretrain], 45, pretrain),
+    ]
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer:
+        check = [sanitizer, "--error-exitcode=9", python, "-m", "pytest", "-q", "-x", "tests/test_edm_step.py", "-k", "cuda"]
+        parts.append(Part("sanitizer", check, 60))
+    return parts
+
+
+def describe_machine() -> dict[str, str]:
+    """Card, driver, versions and commit."""
+    import torch
+    import triton
+
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.max.sm", "--format=csv,noheader"]
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "nvidia_smi": read_output(query),
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+        "triton": triton.__version__,
+        "commit": read_output(["git", "-C", str(REPO), "rev-parse", "HEAD"]),
+        "uncommitted": read_output(["git", "-C", str(REPO), "status", "--porcelain"]),
+    }
+
+
+def read_output(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"not available: {error}"
+
+
+def run_part(part: Part) -> dict[str, object]:
+    """Run one part and say what came out; never raises."""
+    begin = time.perf_counter()
+    try:
+        done = subprocess.run(
+            part.command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=part.seconds
+        )
+        status, output = done.returncode, done.stdout
+    except subprocess.TimeoutExpired as error:
+        captured = error.stdout or b""
+        status, output = "timeout", captured.decode(errors="replace") if isinstance(captured, bytes) else captured
+    except OSError as error:
+        status, output = "not started", str(error)
+    record: dict[str, object] = {
+        "command": " ".join(part.command),
+        "status": status,
+        "seconds": round(time.perf_counter() - begin, 1),
+        "output_tail": output[-KEPT_OUTPUT:],
+    }
+    if part.writes and os.path.exists(part.writes):
+        lines = Path(part.writes).read_text().splitlines()
+        record["numbers"] = [json.loads(line) for line in lines if line.strip()]
+    return record
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu-report")), help="folder for the report")
+    parser.add_argument("--cases", type=Path, default=REPO / "tests" / "data" / "conformance", help="conformance cases")
+    parser.add_argument("--only", nargs="+", default=None, help="parts to run (default: all)")
+    options = parser.parse_args()
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    report: dict[str, object] = {"machine": describe_machine(), "parts": {}}
+    failed = []
+    for part in list_parts(out, options.cases.resolve()):
+        if options.only and part.name not in options.only:
+            continue
+        record = run_part(part)
+        report["parts"][part.name] = record
+        (out / "gpu_report.json").write_text(json.dumps(report, indent=1) + "\n")  # after each part: a kill loses nothing
+        print(f"{part.name:12s} {record['status']!s:>8s} {record['seconds']:6.1f} s", flush=True)
+        if record["status"] != 0:
+            failed.append(part.name)
+            print("\n".join(str(record["output_tail"]).splitlines()[-15:]), flush=True)
+    print(f"Report: {out / 'gpu_report.json'}; failed: {', '.join(failed) or 'none'}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
