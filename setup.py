@@ -99,7 +99,7 @@ setup(
         Extension(
             "dydiff.kernels._native",
             CPU_SOURCES,
-            depends=["csrc/edm_step.h", "csrc/unet_cpu.h", *CUDA_SOURCES],
+            depends=["csrc/edm_step.h", "csrc/philox.h", "csrc/unet_cpu.h", *CUDA_SOURCES],
             include_dirs=["csrc", pybind11.get_include()],
             extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-g0"],
             language="c++",

@@ -14,14 +14,20 @@ using Address = std::uintptr_t;
 float* pointer(Address address) { return reinterpret_cast<float*>(address); }
 unet::bfloat16* halves(Address address) { return reinterpret_cast<unet::bfloat16*>(address); }
 
-// Binds one unit's three operations. Stream is empty for the CPU and one more trailing address for CUDA.
-template <typename... Stream, typename Churn, typename Euler, typename Heun>
-void bind(py::module_ m, Churn churn, Euler euler, Heun heun) {
+// Binds one unit's operations. Stream is empty for the CPU and one more trailing address for CUDA.
+template <typename... Stream, typename Churn, typename ChurnPhilox, typename Euler, typename Heun>
+void bind(py::module_ m, Churn churn, ChurnPhilox churn_philox, Euler euler, Heun heun) {
     const auto release = py::call_guard<py::gil_scoped_release>();
     m.def("churn", [churn](Address x, Address noise, Address x_hat, Address model_input, uint32_t size, double sigma,
                            double sigma_hat, double s_noise, double sigma_data, Stream... stream) {
         churn(pointer(x), pointer(noise), pointer(x_hat), pointer(model_input), size,
               edm::ChurnCoefficients(sigma, sigma_hat, s_noise, sigma_data), stream...);
+    }, release);
+    m.def("churn_philox", [churn_philox](Address x, Address state, uint32_t draw, Address x_hat, Address model_input,
+                                         uint32_t size, double sigma, double sigma_hat, double s_noise, double sigma_data,
+                                         Stream... stream) {
+        churn_philox(pointer(x), reinterpret_cast<const int64_t*>(state), draw, pointer(x_hat), pointer(model_input), size,
+                     edm::ChurnCoefficients(sigma, sigma_hat, s_noise, sigma_data), stream...);
     }, release);
     m.def("euler", [euler](Address x_hat, Address network, Address x, Address model_input, uint32_t rows,
                            double sigma_hat, double sigma_next, double sigma_data, Address first_observation,
@@ -61,10 +67,10 @@ void bind_unet(py::module_ m) {
 PYBIND11_MODULE(_native, m) {
     m.doc() = "Sampler steps and U-Net blocks on raw addresses; dydiff.kernels.edm and .unet_cpu are the interface.";
     bind_unet(m.def_submodule("unet"));
-    bind<>(m.def_submodule("cpu"), edm::cpu::churn, edm::cpu::euler, edm::cpu::heun);
+    bind<>(m.def_submodule("cpu"), edm::cpu::churn, edm::cpu::churn_philox, edm::cpu::euler, edm::cpu::heun);
 #ifdef DYDIFF_WITH_CUDA
     py::module_ cuda = m.def_submodule("cuda");
-    bind<Address>(cuda, edm::cuda::churn, edm::cuda::euler, edm::cuda::heun);
+    bind<Address>(cuda, edm::cuda::churn, edm::cuda::churn_philox, edm::cuda::euler, edm::cuda::heun);
     cuda.def("obstacle", &edm::cuda::obstacle);
 #endif
 }

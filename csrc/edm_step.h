@@ -8,6 +8,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "philox.h"
+
 #ifdef __CUDACC__
 #define EDM_INLINE __host__ __device__ inline
 #else
@@ -103,8 +105,11 @@ EDM_INLINE float inpainted(const Conditioning& c, float value, uint32_t row, uin
 }
 
 // All pointers are float32 of the same device; rows = B x H. model_input may be null: then it is not written.
+// churn_philox makes its own noise: draw number `draw` of the state {seed, pass}, which lies beside the tensors.
 namespace cpu {
 void churn(const float* x, const float* noise, float* x_hat, float* model_input, uint32_t size, ChurnCoefficients c);
+void churn_philox(const float* x, const int64_t* state, uint32_t draw, float* x_hat, float* model_input, uint32_t size,
+                  ChurnCoefficients c);
 void euler(const float* x_hat, const float* network, float* x, float* model_input, uint32_t rows, EulerCoefficients c,
            Conditioning conditioning);
 void heun(const float* x_hat, const float* x, const float* network, float* x_new, uint32_t rows, HeunCoefficients c,
@@ -115,6 +120,8 @@ void heun(const float* x_hat, const float* x, const float* network, float* x_new
 namespace cuda {
 void churn(const float* x, const float* noise, float* x_hat, float* model_input, uint32_t size, ChurnCoefficients c,
            std::uintptr_t stream);
+void churn_philox(const float* x, const int64_t* state, uint32_t draw, float* x_hat, float* model_input, uint32_t size,
+                  ChurnCoefficients c, std::uintptr_t stream);
 void euler(const float* x_hat, const float* network, float* x, float* model_input, uint32_t rows, EulerCoefficients c,
            Conditioning conditioning, std::uintptr_t stream);
 void heun(const float* x_hat, const float* x, const float* network, float* x_new, uint32_t rows, HeunCoefficients c,

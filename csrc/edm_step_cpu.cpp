@@ -12,6 +12,16 @@ void churn(const float* x, const float* noise, float* x_hat, float* model_input,
     }
 }
 
+void churn_philox(const float* x, const int64_t* state, uint32_t draw, float* x_hat, float* model_input, uint32_t size,
+                  ChurnCoefficients c) {
+    for (uint32_t block = 0; 4 * block < size; ++block) {
+        float noise[4];
+        philox::normals(state, draw, block, noise);
+        const uint32_t count = size - 4 * block < 4 ? size - 4 * block : 4;
+        churn(x + 4 * block, noise, x_hat + 4 * block, model_input + 4 * block, count, c);
+    }
+}
+
 void euler(const float* x_hat, const float* network, float* x, float* model_input, uint32_t rows, EulerCoefficients c,
            Conditioning conditioning) {
     const uint32_t width = conditioning.width();

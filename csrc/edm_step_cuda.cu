@@ -20,6 +20,25 @@ __global__ void churn_kernel(const float* __restrict__ x, const float* __restric
     model_input[i] = c.c_in * value;
 }
 
+// One thread for four elements, which is what one block of random words gives.
+__global__ void churn_philox_kernel(const float* __restrict__ x, const int64_t* __restrict__ state, uint32_t draw,
+                                    float* __restrict__ x_hat, float* __restrict__ model_input, uint32_t size,
+                                    ChurnCoefficients c) {
+    const uint32_t block = blockIdx.x * kThreads + threadIdx.x;
+    if (4 * block >= size) return;
+    float noise[4];
+    philox::normals(state, draw, block, noise);
+#pragma unroll
+    for (uint32_t k = 0; k < 4; ++k) {
+        const uint32_t i = 4 * block + k;
+        if (i < size) {
+            const float value = churned(c, x[i], noise[k]);
+            x_hat[i] = value;
+            model_input[i] = c.c_in * value;
+        }
+    }
+}
+
 __global__ void euler_kernel(const float* __restrict__ x_hat, const float* __restrict__ network, float* __restrict__ x,
                              float* __restrict__ model_input, uint32_t size, EulerCoefficients c,
                              Conditioning conditioning) {
@@ -56,6 +75,11 @@ void launch(void (*kernel)(Parameters...), uint32_t size, std::uintptr_t stream,
 void churn(const float* x, const float* noise, float* x_hat, float* model_input, uint32_t size, ChurnCoefficients c,
            std::uintptr_t stream) {
     launch(churn_kernel, size, stream, x, noise, x_hat, model_input, size, c);
+}
+
+void churn_philox(const float* x, const int64_t* state, uint32_t draw, float* x_hat, float* model_input, uint32_t size,
+                  ChurnCoefficients c, std::uintptr_t stream) {
+    launch(churn_philox_kernel, size / 4 + (size % 4 != 0), stream, x, state, draw, x_hat, model_input, size, c);
 }
 
 void euler(const float* x_hat, const float* network, float* x, float* model_input, uint32_t rows, EulerCoefficients c,

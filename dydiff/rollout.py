@@ -19,6 +19,7 @@ from dydiff.diffusion.fast_sampler import FastMode
 from dydiff.diffusion.sampler import Draw, sample_edm
 from dydiff.dynamics import DynamicsEnsemble
 from dydiff.errors import DydiffError
+from dydiff.kernels import edm
 from dydiff.ranges import named_range
 from dydiff.reward import RewardModel
 
@@ -78,10 +79,16 @@ class RolloutEngine:
         `generator` gives the ensemble members, the model assignment and, unless `draw` gives it, the sampler's noise.
         `iterations` overrides the engine's; 0 returns the autoregressive start, which is the single-step model's rollout.
         """
-        draw = draw or (lambda shape: torch.randn(shape, generator=generator, device=start.device))
+        draw = draw or self._noise(generator, start.device)
         iterations = self.iterations if iterations is None else iterations
         chunks = [self._roll_out_chunk(policy, part, generator, draw, iterations) for part in start.split(self.chunk_size)]
         return Trajectory(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+
+    def _noise(self, generator: torch.Generator, device: torch.device) -> Draw:
+        """The sampler's noise: made by its compiled step where there is one, else drawn by PyTorch."""
+        if self.fast is None and self.step_backend == "auto" and edm.available_backend(device, torch.float32) == "extension":
+            return edm.PhiloxNoise(torch.randint(2**62, (), generator=generator, device=device))
+        return lambda shape: torch.randn(shape, generator=generator, device=device)
 
     def _roll_out_chunk(
         self, policy: Policy, start: Tensor, generator: torch.Generator, draw: Draw, iterations: int
@@ -127,6 +134,8 @@ class RolloutEngine:
             shape = (len(condition[0]), self.horizon, width)
             if self.fast is not None:
                 return self.fast.sample(denoiser, shape, draw, *condition, None if guess is None else guess[rows])
+            if isinstance(draw, edm.PhiloxNoise):
+                draw.advance()
             return sample_edm(denoiser, shape, draw, *condition, backend=self.step_backend, **self.sampler)
 
         if len(self.denoisers) == 1:

@@ -46,6 +46,14 @@ def check_conditioning(x: Tensor, first_observation: Tensor | None, actions: Ten
             raise DydiffError(f"The EDM step's {name} lies on {part.device}, the trajectories on {x.device}.")
 
 
+def check_philox(x: Tensor, state: Tensor, index: int) -> None:
+    """Raises DydiffError unless state is a contiguous int64 [2] beside x and index fits 32 bits."""
+    if state.shape != (2,) or state.dtype != torch.int64 or state.device != x.device or not state.is_contiguous():
+        raise DydiffError(f"A Philox state is int64 [2] on the trajectories' device {x.device}, not {_describe(state)}.")
+    if not 0 <= index < 2**32:
+        raise DydiffError(f"A Philox draw's index must be at least 0 and below 2^32, not {index}.")
+
+
 def check_addressable(tensors: dict[str, Tensor | None]) -> None:
     """Raises DydiffError unless all that are given are contiguous float32 of at most 2^31 - 1 elements."""
     for name, tensor in tensors.items():

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from dydiff.errors import DydiffError
 from dydiff.kernels import reference
-from dydiff.kernels.checks import check_addressable, check_conditioning, check_like
+from dydiff.kernels.checks import check_addressable, check_conditioning, check_like, check_philox
+from dydiff.kernels.philox import PhiloxDraw, PhiloxNoise, philox_normal
 from dydiff.kernels.reference import churned, inpaint, noise_schedule
 
 _import_error = ""
@@ -30,6 +31,8 @@ except ImportError as error:
     _import_error = str(error)
 
 __all__ = [
+    "PhiloxDraw",
+    "PhiloxNoise",
     "available_backend",
     "churn_step",
     "churned",
@@ -81,12 +84,23 @@ def why_unavailable(device: torch.device | str = "cpu") -> str:
 
 
 def churn_step(
-    x: Tensor, noise: Tensor, sigma: float, sigma_hat: float, s_noise: float, sigma_data: float = 0.5, *, backend: str
+    x: Tensor,
+    noise: Tensor | PhiloxDraw,
+    sigma: float,
+    sigma_hat: float,
+    s_noise: float,
+    sigma_data: float = 0.5,
+    *,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """`reference.churn_step` on the named backend: x_hat and the network's input, both [B, H, D].
 
     Raises DydiffError if the tensors do not fit together or the backend cannot take them (EDM alg. 2, line 6).
     """
+    if isinstance(noise, PhiloxDraw):
+        if _is_compiled(backend):
+            return _churn_philox(x.contiguous(), *noise, sigma, sigma_hat, s_noise, sigma_data)
+        noise = philox_normal(noise.state, noise.index, x.shape)
     _check_churn(x, noise, sigma, sigma_hat)
     if _is_compiled(backend):
         return _churn(x.contiguous(), noise.contiguous(), sigma, sigma_hat, s_noise, sigma_data)
@@ -162,6 +176,22 @@ def _churn(x, noise, sigma, sigma_hat, s_noise, sigma_data):
 
 
 @torch.library.custom_op(
+    "dydiff::edm_churn_philox",
+    mutates_args=(),
+    schema="(Tensor x, Tensor state, int index, float sigma, float sigma_hat, float s_noise, float sigma_data) "
+    "-> (Tensor, Tensor)",
+)
+def _churn_philox(x, state, index, sigma, sigma_hat, s_noise, sigma_data):
+    _check_churn(x, x, sigma, sigma_hat)
+    check_addressable({"x": x})
+    check_philox(x, state, index)
+    x_hat, model_input = torch.empty_like(x), torch.empty_like(x)
+    levels = sigma, sigma_hat, s_noise, sigma_data
+    _call("churn_philox", x.device, *_addresses(x, state), index, *_addresses(x_hat, model_input), x.numel(), *levels)
+    return x_hat, model_input
+
+
+@torch.library.custom_op(
     "dydiff::edm_euler",
     mutates_args=(),
     schema=f"(Tensor x_hat, Tensor network_output, {_LEVELS}, {_CONDITION}) -> (Tensor, Tensor)",
@@ -195,6 +225,11 @@ def _heun(x_hat, x, network_output, sigma_hat, sigma_next, first_observation, ac
 
 @_churn.register_fake
 def _(x, noise, sigma, sigma_hat, s_noise, sigma_data):
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+@_churn_philox.register_fake
+def _(x, state, index, sigma, sigma_hat, s_noise, sigma_data):
     return torch.empty_like(x), torch.empty_like(x)
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from dydiff.diffusion.edm import Denoiser, FusedDenoiser
 from dydiff.kernels import edm, reference
 
-Draw = Callable[[tuple[int, ...]], Tensor]  # shape -> standard normal numbers, in the order in which they are consumed
+# shape -> standard normal numbers, in the order in which they are consumed (or their names, where the step makes them itself)
+Draw = Callable[[tuple[int, ...]], Tensor | edm.PhiloxDraw]
 
 
 @torch.no_grad()
@@ -40,8 +41,10 @@ def sample_edm(
     """
     sigma_data = denoiser.sigma_data
     schedule = reference.noise_schedule(num_steps, sigma_min, sigma_max, rho)
-    x = draw(shape) * schedule[0]
-    backend = edm.available_backend(x.device, x.dtype) if backend == "auto" else backend
+    latents = draw(shape)
+    backend = edm.available_backend(latents.device, latents.dtype) if backend == "auto" else backend
+    nothing = torch.zeros(shape, device=latents.device, dtype=latents.dtype)
+    x, _ = edm.churn_step(nothing, latents, 0.0, schedule[0], 1.0, backend=backend)
     condition = {"first_observation": first_observation, "actions": actions, "sigma_data": sigma_data, "backend": backend}
 
     x = reference.inpaint(x, first_observation, actions)
