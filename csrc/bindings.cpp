@@ -1,8 +1,9 @@
 // Raw addresses in, nothing back: the extension knows no tensor type, so it builds without torch and survives its updates.
-// It checks nothing; dydiff.kernels.edm and dydiff.kernels.unet_cpu check everything and are its only callers.
+// It checks nothing; dydiff.kernels.edm, .unet_cpu and .training_cpu check everything and are its only callers.
 #include <pybind11/pybind11.h>
 
 #include "edm_step.h"
+#include "training_cpu.h"
 #include "unet_cpu.h"
 
 namespace py = pybind11;
@@ -62,11 +63,35 @@ void bind_unet(py::module_ m) {
     }, release);
 }
 
+void bind_training(py::module_ m) {
+    const auto release = py::call_guard<py::gil_scoped_release>();
+    m.def("norm_mish", [](Address x, Address weight, Address bias, Address y, Address statistics, int64_t batch,
+                          int64_t length, int64_t channels, int num_threads) {
+        training::norm_mish(halves(x), pointer(weight), pointer(bias), halves(y), pointer(statistics), batch, length, channels,
+                            num_threads);
+    }, release);
+    m.def("norm_mish_backward", [](Address x, Address dy, Address weight, Address bias, Address statistics, Address dx,
+                                   Address dweight, Address dbias, int64_t batch, int64_t length, int64_t channels,
+                                   int num_threads) {
+        training::norm_mish_backward(halves(x), halves(dy), pointer(weight), pointer(bias), pointer(statistics), halves(dx),
+                                     pointer(dweight), pointer(dbias), batch, length, channels, num_threads);
+    }, release);
+    m.def("adam_average", [](Address p, Address m, Address v, Address average, Address gradient, Address low_gradient,
+                             Address low_copy, int64_t count, float beta_1, float beta_2, float epsilon, float step_size,
+                             float root_correction_2, float rate, float limit, int num_threads) {
+        training::adam_average(pointer(p), pointer(m), pointer(v), pointer(average), pointer(gradient), halves(low_gradient),
+                               halves(low_copy), count,
+                               {beta_1, beta_2, epsilon, step_size, root_correction_2, rate, limit}, num_threads);
+    }, release);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-    m.doc() = "Sampler steps and U-Net blocks on raw addresses; dydiff.kernels.edm and .unet_cpu are the interface.";
+    m.doc() = "Sampler steps, U-Net blocks and training on raw addresses; dydiff.kernels.edm, .unet_cpu and .training_cpu are "
+              "the interface.";
     bind_unet(m.def_submodule("unet"));
+    bind_training(m.def_submodule("training"));
     bind<>(m.def_submodule("cpu"), edm::cpu::churn, edm::cpu::churn_philox, edm::cpu::euler, edm::cpu::heun);
 #ifdef DYDIFF_WITH_CUDA
     py::module_ cuda = m.def_submodule("cuda");

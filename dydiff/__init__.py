@@ -19,6 +19,7 @@ _HOMES = {
     "DydiffError": "dydiff.errors",
     "DynamicsEnsemble": "dydiff.dynamics",
     "Evaluator": "dydiff.evaluate",
+    "FastMode": "dydiff.diffusion.fast_sampler",
     "Fit": "dydiff.fit",
     "Limits": "dydiff.data",
     "ReplayBuffer": "dydiff.replay",
@@ -42,6 +43,7 @@ _HOMES = {
     "make_transitions": "dydiff.data",
     "normalized_score": "dydiff.data",
     "sample_edm": "dydiff.diffusion.sampler",
+    "sample_fast": "dydiff.diffusion.fast_sampler",
     "score": "dydiff.rollout",
     "terminal_function": "dydiff.terminal",
 }

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from dydiff.data_command import add_data_options, run_data
 from dydiff.errors import DydiffError
 
 RUNS = "training-runs"  # where runs go, and where stages look for each other's results
@@ -56,6 +57,14 @@ def parse_ints(text: str) -> list[int]:
         return [positive(int)(part) for part in text.split(",")]
     except (ValueError, argparse.ArgumentTypeError) as error:
         raise argparse.ArgumentTypeError(f"'{text}' is not a list of whole numbers above 0 such as 1,4,8") from error
+
+
+def parse_floats(text: str) -> list[float]:
+    """A comma-separated list of numbers above 0, as in 0.3,0.8."""
+    try:
+        return [positive(float)(part) for part in text.split(",")]
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of numbers above 0 such as 0.3,0.8") from error
 
 
 def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
@@ -166,6 +175,7 @@ def run_experiment(options: argparse.Namespace) -> None:
 
 
 def add_worker_options(parser: argparse.ArgumentParser) -> None:
+    """The options of one variant's process: those of its sweep, and which variant, where."""
     add_run_options(parser)
     parser.add_argument("--variant", type=int, required=True)
     parser.add_argument("--folder", required=True)
@@ -183,6 +193,7 @@ def run_worker(options: argparse.Namespace) -> None:
 
 
 def add_collect_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `dydiff collect`."""
     parser.add_argument("name", help="dataset to make, for example maze2d-umaze-local or hopper-random-local")
     parser.add_argument("--steps", type=positive(int), default=1_000_000, help="environment steps")
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
@@ -197,6 +208,7 @@ def run_collect(options: argparse.Namespace) -> None:
 
 
 def add_report_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `dydiff report`."""
     parser.add_argument("--outdir", default=RUNS, help="folder with the runs to report on")
     parser.add_argument("--dataset", required=True, help="dataset that the runs were trained on")
     parser.add_argument("--starts", type=positive(int), default=64, help="rollouts that are compared with the simulator")
@@ -212,11 +224,59 @@ def run_report(options: argparse.Namespace) -> None:
     report(Path(options.outdir), options.dataset, options.starts, options.seed, find_device(options.device))
 
 
+def add_sampler_quality_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `dydiff sampler-quality`: the report's, and the grid of fast mode's settings."""
+    add_report_options(parser)
+    parser.add_argument("--first", type=parse_ints, default=[30, 20, 15, 10], help="evaluations of fast mode's first iteration")
+    parser.add_argument("--warm", type=parse_ints, default=[10, 7, 5, 3], help="evaluations of its later iterations")
+    parser.add_argument("--warm_sigma", type=parse_floats, default=[0.3, 0.5, 0.8, 1.5], help="noise levels of its warm start")
+
+
+def run_sampler_quality(options: argparse.Namespace) -> None:
+    """Measure what fewer network evaluations cost in rollout error, over a grid of sampler settings on trained models."""
+    from dydiff.device import find_device
+    from dydiff.sampler_quality import measure_quality
+
+    grid = options.first, options.warm, options.warm_sigma
+    device = find_device(options.device)
+    measure_quality(Path(options.outdir), options.dataset, *grid, options.starts, options.seed, device)
+
+
+def add_import_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `dydiff import`."""
+    parser.add_argument("file", help="published network-snapshot-*.pkl, dynamics or reward .pkl, or policy snapshot")
+    parser.add_argument("--dataset", required=True, help="dataset that it was trained on")
+    parser.add_argument("--env_name", default=None, help="environment (default: the dataset's)")
+    parser.add_argument("--horizon", type=positive(int), default=None, help="of a diffusion model whose file does not say it")
+    parser.add_argument("--out", default=None, help="checkpoint to write (default: the file's name with .safetensors)")
+
+
+def run_import(options: argparse.Namespace) -> None:
+    """Turn a published checkpoint (a pickle) into one of dydiff's, without running anything that is in it."""
+    from dydiff.importing import read_file
+    from dydiff.stages import load_problem, make_importer
+
+    file = Path(options.file)
+    out = Path(options.out) if options.out else file.with_suffix(".safetensors")
+    if out.exists():
+        raise DydiffError(f"'{out}' exists. Remove it, or name another file with --out.")
+    content = read_file(file)
+    importer = make_importer(load_problem(options.dataset, options.env_name), options.horizon)
+    product = importer.read(content, file.name)
+    importer.save(product, out)
+    for note in product.notes:
+        print(note)
+    print(f"{product.kind.capitalize()}: {out}")
+
+
 COMMANDS = {
     "train": (add_train_options, run_train),
     "run": (add_run_options, run_experiment),
     "collect": (add_collect_options, run_collect),
+    "import": (add_import_options, run_import),
+    "data": (add_data_options, run_data),
     "report": (add_report_options, run_report),
+    "sampler-quality": (add_sampler_quality_options, run_sampler_quality),
     "worker": (add_worker_options, run_worker),
 }
 

@@ -66,7 +66,7 @@ class RLTrainerParams:
 
 @dataclass
 class SamplerKwargs:
-    """The stochastic Heun sampler and the number of policy injections (SPEC sections 3 and 5)."""
+    """The stochastic Heun sampler, or fast mode in its place, and the number of policy injections (SPEC sections 3 and 5)."""
 
     S_churn: float = 60.0  # amount of noise added back
     S_min: float = 0.36995  # noise levels between S_min ...
@@ -75,6 +75,10 @@ class SamplerKwargs:
     num_steps: int = 34  # noise levels; 2 num_steps - 1 network evaluations
     iterative_times: int = 2  # policy injections after the autoregressive start
     backend: str = "auto"  # auto, reference (plain PyTorch) or extension (compiled sampler step)
+    fast: bool = False  # DPM-Solver++ in place of all S_* and num_steps: far fewer evaluations, other samples
+    fast_first_evaluations: int = 20  # fast mode: network evaluations of the first policy injection
+    fast_warm_sigma: float = 0.8  # fast mode: noise level put on the current guess, from which later injections start
+    fast_warm_evaluations: int = 7  # fast mode: network evaluations of each later injection
 
 
 @dataclass
@@ -161,6 +165,7 @@ class EnvSpecs:
     """Where the policy is evaluated."""
 
     env_name: str | None = None  # environment; None: the dataset's
+    backend: str | None = None  # simulator, see dydiff/environments.py; None: the one that the dataset was made with
     env_num: int | None = None  # environments stepped in lockstep; None: as many episodes as an evaluation needs
     eval_env_seed: int | None = None  # seed of the evaluation episodes; None: the run's seed
 
@@ -194,6 +199,8 @@ RANGES = {
     "softmax_temp": (-LARGEST, LARGEST),
     "iterative_times": (0, LARGEST),
     "num_steps": (2, LARGEST),
+    "fast_first_evaluations": (2, LARGEST),
+    "fast_warm_evaluations": (2, LARGEST),
     "S_churn": (0, LARGEST),
     "S_min": (0, LARGEST),
     "S_max": (0, math.inf),
@@ -234,12 +241,12 @@ def unknown_key(where: str, key: str, valid: typing.Iterable[str]) -> DydiffErro
 def _convert(kind: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        if type(None) in arguments and value is None:
-            return None
         options = [argument for argument in arguments if argument is not type(None)]
+        # A section that may be absent counts as asked for when its key is there, even with nothing under it.
+        if value is None and len(options) < len(arguments) and not dataclasses.is_dataclass(options[0]):
+            return None
         if len(options) == 2:  # a list, or one word that stands for it
             options = [option for option in options if (typing.get_origin(option) is list) == isinstance(value, list)]
-        # A section that may be absent counts as asked for when its key is there, even with nothing under it.
         return _convert(options[0], value, where)
     if dataclasses.is_dataclass(kind):
         return from_mapping(kind, value, where)

@@ -1,13 +1,17 @@
 """The environments that dydiff can simulate: names, sizes, limits, and how to make one.
 
 Importing this module loads no simulator: `EnvironmentSpec.make` does.
-Rewards follow the gym v2 tasks that D4RL was recorded with; gymnasium's v4 tasks compute the same reward, its v5 tasks
-do not (no healthy reward on the last step, other foot friction in walker2d). The physics are those of the installed
-MuJoCo, which are not D4RL's: keep `EnvironmentSpec.backend` and `simulator_version()` beside every score.
+Scores of different simulators do not compare, so each has a name, which is kept with MuJoCo's version beside every score:
+- `gymnasium-v4`: the reward of the gym v2 tasks that D4RL was recorded with, the physics of the installed MuJoCo.
+- `d4rl-compat`: the same reward, and the physics of D4RL's MuJoCo (`dydiff.simulators.restore_old_physics`).
+- `gymnasium-v5`: another reward (no healthy reward on the last step) and other models (walker2d's feet); Minari's simulator.
+- `d4rl`: the legacy package itself, where it imports.
+- `dydiff-maze2d`: D4RL's point maze (`dydiff.maze`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib.metadata
 import re
@@ -28,6 +32,12 @@ MAZE_EPISODE_STEPS = {"umaze": 300, "medium": 600, "large": 800}
 # Datasets of these exist and their transitions can be learned from, but no simulator of them ships here.
 WITHOUT_SIMULATOR = ("antmaze-umaze", "antmaze-medium", "antmaze-large")
 
+GYMNASIUM_V4, GYMNASIUM_V5, D4RL_COMPAT, D4RL = "gymnasium-v4", "gymnasium-v5", "d4rl-compat", "d4rl"
+MAZE2D = "dydiff-maze2d"
+D4RL_LOCOMOTION = ("hopper", "halfcheetah", "walker2d", "ant")  # of these, D4RL has data
+V5_OBSERVATION_DIMS = {"ant": 105, "humanoid": 348}  # where they differ from v4's
+TOTAL_MASSES = {"halfcheetah": 14.0}  # kg; models whose masses are scaled to a sum
+
 
 @dataclass(frozen=True)
 class EnvironmentSpec:
@@ -42,15 +52,52 @@ class EnvironmentSpec:
     position_dim: int  # size of the simulator's qpos
     velocity_dim: int  # size of the simulator's qvel
     hidden_dim: int  # first entries of qpos that observations leave out: the root's place on the (endless) ground
-    backend: str  # which simulator computes the rewards: "gymnasium-v4" or "dydiff-maze2d"
-    gym_id: str | None = None
+    backend: str  # the simulator's name: see the module's docstring
+    gym_id: str | None = None  # None: a maze of `dydiff.maze`
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """The simulators that know this environment; `d4rl` among them whether it is installed or not."""
+        if self.name.startswith("maze2d"):
+            return MAZE2D, D4RL
+        return (GYMNASIUM_V4, GYMNASIUM_V5, *((D4RL_COMPAT, D4RL) if self.name in D4RL_LOCOMOTION else ()))
+
+    @property
+    def mujoco_version(self) -> str:
+        """The version of the MuJoCo behind this simulator ("not installed" without one)."""
+        return _version_of("mujoco-py") if self.backend == D4RL else simulator_version()
+
+    @property
+    def simulator(self) -> str:
+        """The simulator's name with its version, as it stands beside scores."""
+        return f"{self.backend}, {'mujoco-py' if self.backend == D4RL else 'MuJoCo'} {self.mujoco_version}"
+
+    def with_backend(self, backend: str) -> EnvironmentSpec:
+        """Return the spec of the same environment on another simulator.
+
+        Raises DydiffError, which names those that there are, for a backend that does not know this environment.
+        """
+        if backend not in self.backends:
+            raise DydiffError(
+                f"No simulator {backend!r} of {self.name} exists: env_specs.backend can be {', '.join(self.backends)}."
+            )
+        spec = ENVIRONMENTS[self.name]
+        if backend == D4RL:
+            name = f"{self.name}-v1" if self.name.startswith("maze2d") else f"{self.name}-medium-v2"
+            return dataclasses.replace(spec, backend=backend, gym_id=name)  # only the data depend on the word "medium"
+        if backend == GYMNASIUM_V5:
+            width = V5_OBSERVATION_DIMS.get(self.name, spec.observation_dim)
+            return dataclasses.replace(
+                spec, backend=backend, gym_id=spec.gym_id.replace("-v4", "-v5"), observation_dim=width
+            )
+        return dataclasses.replace(spec, backend=backend)
 
     def make(self) -> gymnasium.Env:
         """Make the environment with its time limit; raises DydiffError where the simulator is not installed."""
+        if self.backend == D4RL:
+            return self._make_legacy()
         try:
-            if self.gym_id is None:
-                return self._make_maze()
-            return self._make_gym()
+            return self._make_maze() if self.backend == MAZE2D else self._make_gym()
         except ImportError as error:
             raise DydiffError(
                 f"The environment {self.name} needs MuJoCo and gymnasium, and importing them failed ({error}): "
@@ -65,6 +112,18 @@ class EnvironmentSpec:
         _, layout, *variant = self.name.split("-")
         return TimeLimit(MazeEnvironment(layout, dense="dense" in variant), self.max_episode_steps)
 
+    def _make_legacy(self) -> gymnasium.Env:
+        try:
+            from dydiff.simulators import LegacyEnvironment
+
+            return LegacyEnvironment(self.gym_id)
+        except Exception as error:  # mujoco-py raises bare exceptions where its MuJoCo or a compiler is missing
+            raise DydiffError(
+                f"The simulator d4rl of {self.name} cannot be used here: {type(error).__name__}: {error}. It needs the "
+                "legacy packages d4rl, gym and mujoco-py with MuJoCo 2.1. Install them, or set env_specs.backend to another "
+                f"one of {', '.join(self.backends)}."
+            ) from error
+
     def _make_gym(self) -> gymnasium.Env:
         import gymnasium
 
@@ -72,7 +131,12 @@ class EnvironmentSpec:
             # gymnasium recommends v5 at every v4 task made; v4 is chosen for its reward (see above)
             warnings.simplefilter("ignore", DeprecationWarning)
             environment = gymnasium.make(self.gym_id, disable_env_checker=True)
-        if self.name != "ant":
+            if self.backend == D4RL_COMPAT:
+                from dydiff.simulators import restore_old_physics
+
+                inner = environment.unwrapped
+                restore_old_physics(inner.model, inner.data, TOTAL_MASSES.get(self.name))
+        if self.name != "ant" or self.backend == GYMNASIUM_V5:
             return environment
         space = gymnasium.spaces.Box(-np.inf, np.inf, (self.observation_dim,), np.float64)
         return gymnasium.wrappers.TransformObservation(environment, self.pad_observation, space)
@@ -81,6 +145,7 @@ class EnvironmentSpec:
         """Append zeros up to `observation_dim`.
 
         Only ant needs it: D4RL's 111 columns end in 84 contact forces, which MuJoCo 2.0 left at zero in every file.
+        gymnasium's v5 fills 78 of them, so it keeps its own 105 columns.
         """
         return np.pad(observation, (0, self.observation_dim - len(observation)))
 
@@ -106,13 +171,13 @@ def _gym_spec(
 ) -> EnvironmentSpec:
     low = tuple(-limit for limit in action_limit)
     return EnvironmentSpec(
-        name, observation_dim, len(action_limit), low, action_limit, 1000, *state_dims, "gymnasium-v4", gym_id
+        name, observation_dim, len(action_limit), low, action_limit, 1000, *state_dims, GYMNASIUM_V4, gym_id
     )
 
 
 def _maze_spec(layout: str, suffix: str) -> EnvironmentSpec:
     limit = MAZE_EPISODE_STEPS[layout]
-    return EnvironmentSpec(f"maze2d-{layout}{suffix}", 4, 2, (-1.0, -1.0), (1.0, 1.0), limit, 2, 2, 0, "dydiff-maze2d")
+    return EnvironmentSpec(f"maze2d-{layout}{suffix}", 4, 2, (-1.0, -1.0), (1.0, 1.0), limit, 2, 2, 0, MAZE2D)
 
 
 ENVIRONMENTS: dict[str, EnvironmentSpec] = {
@@ -151,20 +216,29 @@ def environment_name(name: str) -> str:
     raise DydiffError(f"The environment {name!r} is unknown: {hint}.")
 
 
-def environment_spec(name: str) -> EnvironmentSpec:
-    """Return the spec of an environment by any name that `environment_name` accepts; raises DydiffError otherwise."""
+def environment_spec(name: str, backend: str | None = None) -> EnvironmentSpec:
+    """Return the spec of an environment by any name that `environment_name` accepts, on a simulator of one's choice.
+
+    backend: one of the spec's `backends`; None: gymnasium-v4, or dydiff-maze2d for a maze. Raises DydiffError for an unknown
+    name, for one without a simulator, and for a backend that does not know it.
+    """
     plain = environment_name(name)
     if plain in WITHOUT_SIMULATOR:
         raise DydiffError(
             f"No simulator of {plain} ships with dydiff: models and policies can be trained on its datasets, but "
             f"episodes cannot be run. Environments with a simulator are {', '.join(ENVIRONMENTS)}."
         )
-    return ENVIRONMENTS[plain]
+    spec = ENVIRONMENTS[plain]
+    return spec if backend is None else spec.with_backend(backend)
 
 
 def simulator_version() -> str:
     """Return the version of the installed MuJoCo ("not installed" without one), to be stored beside every score."""
+    return _version_of("mujoco")
+
+
+def _version_of(package: str) -> str:
     try:
-        return importlib.metadata.version("mujoco")
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dydiff.environments import EnvironmentSpec, simulator_version
+from dydiff.environments import EnvironmentSpec
 from dydiff.errors import DydiffError
 from dydiff.simulate import Act, SimulatorBatch
 
@@ -83,7 +83,7 @@ class Evaluator:
         return EvaluationResult(
             environment=self.spec.name,
             backend=self.spec.backend,
-            mujoco_version=simulator_version(),
+            mujoco_version=self.spec.mujoco_version,
             seed=seed,
             returns=np.concatenate(returns),
             lengths=np.concatenate(lengths),

@@ -53,6 +53,8 @@ class Variant:
 
 @dataclass
 class Experiment:
+    """An experiment file with its variants resolved."""
+
     meta: MetaData
     variants: list[Variant]
 
@@ -96,9 +98,7 @@ def load_experiment(path: str | Path, overrides: list[str] = (), dataset: str | 
     return Experiment(meta, _expand(constants, variables, fixed, stage, path))
 
 
-def _expand(
-    constants: dict, variables: dict[str, Any], fixed: list[tuple[str, Any]], stage: str, path: Path
-) -> list[Variant]:
+def _expand(constants: dict, variables: dict[str, Any], fixed: list[tuple[str, Any]], stage: str, path: Path) -> list[Variant]:
     """Every combination of `variables` on top of `constants`, and the `fixed` overrides on top of both."""
     for key, values in variables.items():
         if not isinstance(values, list) or not values:

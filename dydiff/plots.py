@@ -29,11 +29,10 @@ LEGEND = {"loc": "outside upper center", "frameon": False}
 
 @contextmanager
 def _figure(path: Path, rows: int, columns: int, width: float, height: float, share: bool = False) -> Iterator[Any]:
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(width, height), squeeze=False, sharex=share, sharey="row" if share else False, layout="constrained"
-    )
+    shared = {"sharex": share, "sharey": "row" if share else False}
+    figure, axes = pyplot.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained", **shared)
     yield figure, axes
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
     pyplot.close(figure)
 
 
@@ -48,7 +47,7 @@ def draw_errors(errors: dict[str, Any], path: Path) -> None:
                 (single, {"color": COLOURS[0], "linestyle": "--"}),
                 (dydiff, {"color": COLOURS[1]}),
             ]:
-                mean, error = (np.array([np.nan if v is None else v for v in values[key]]) for key in ("mean", "standard_error"))
+                mean, error = (np.array(values[key], float) for key in ("mean", "standard_error"))  # None becomes NaN
                 steps = np.arange(1, len(mean))  # in row 0 all of them are at the start
                 ax.plot(steps, mean[1:], label=name, linewidth=2, **style)
                 ax.fill_between(steps, (mean - error)[1:], (mean + error)[1:], color=style["color"], alpha=0.2, linewidth=0)
@@ -61,7 +60,7 @@ def draw_maze_rollouts(
     environment: str, simulated: np.ndarray, alive: np.ndarray, modelled: dict[str, np.ndarray], path: Path
 ) -> None:
     """The first rollouts on the maze's plan, one panel per model: raw observations [B, H, O], alive [B, H]."""
-    with _figure(path, 1, len(modelled), 4.4 * len(modelled), 4.9, share=True) as (figure, axes):
+    with _figure(path, 1, len(modelled), 4.4 * len(modelled), 5.1, share=True) as (figure, axes):
         for ax, (name, observation), colour in zip(axes[0], modelled.items(), COLOURS, strict=False):
             _draw_plan(ax, environment)
             for row in range(min(MAZE_ROLLOUTS, len(simulated))):
@@ -74,7 +73,7 @@ def draw_maze_rollouts(
             ax.set(title=name, xlabel="x (m)", aspect="equal")
         axes[0, 0].set(ylabel="y (m)")
         handles = {label: handle for ax in axes[0] for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-        figure.legend(handles.values(), handles.keys(), ncols=len(handles), **LEGEND)
+        figure.legend(handles.values(), handles.keys(), ncols=3, **LEGEND)
 
 
 def _draw_plan(ax: Axes, environment: str) -> None:
@@ -122,16 +121,47 @@ def draw_curves(scores: list[dict[str, Any]], behaviour: float | None, path: Pat
             label = f"{score['variant']} ({len(seeds)} seed{'s' if len(seeds) > 1 else ''})"
             common = sorted(set.intersection(*(set(updates) for updates, _ in seeds)))
             by_update = [dict(zip(updates, returns, strict=True)) for updates, returns in seeds]
-            ax.plot(common, [np.mean([seed[update] for seed in by_update]) for update in common], label=label, linewidth=2, **style)
+            means = [np.mean([seed[update] for seed in by_update]) for update in common]
+            ax.plot(common, means, label=label, linewidth=2, **style)
             for updates, returns in seeds if len(seeds) > 1 else []:
                 ax.plot(updates, returns, color=style["color"], linewidth=0.8, alpha=0.5)
         if behaviour is not None:
             ax.axhline(behaviour, color=REFERENCE, linestyle=":", label="the data's mean reward")
         ax.set(xlabel="gradient updates of the policy", ylabel="return of an episode")
         ax.grid(alpha=0.3)
-        _legend(figure, ax, "thin lines: single seeds" if any(len(score["seeds"]) > 1 for score in scores) else None)
+        several = any(len(score["seeds"]) > 1 for score in scores)
+        _legend(figure, ax, "thin lines: single seeds" if several else None)
+
+
+def draw_sampler_quality(lines: list[dict[str, Any]], path: Path) -> None:
+    """Rollout error over network evaluations: `lines` are the settings of `sampler_quality`, the single-step model first."""
+    single, *samplers = lines
+    quantities = [quantity for quantity in LABELS if quantity in single["error"]]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for line in samplers:
+        group = f"fast, warm start at {line['warm_sigma']:g}" if "warm_sigma" in line else "stochastic Heun"
+        groups.setdefault(group, []).append(line)
+    with _figure(path, 1, len(quantities), 5.2 * len(quantities), 4.4) as (figure, axes):
+        for ax, quantity in zip(axes[0], quantities, strict=True):
+            ax.axhline(single["error"][quantity]["mean"], color=REFERENCE, linestyle=":", label="single-step")
+            for index, (group, members) in enumerate(groups.items()):
+                values = [line["error"][quantity] for line in members]
+                ax.errorbar(
+                    [line["evaluations"] for line in members],
+                    [value["mean"] for value in values],
+                    [value["standard_error"] or 0 for value in values],
+                    color=COLOURS[index % len(COLOURS)],
+                    fmt=MARKERS[index % len(MARKERS)],
+                    markersize=4,
+                    linewidth=0.6,
+                    label=group,
+                )
+            ax.set(xlabel="network evaluations of a rollout", ylabel=LABELS[quantity], xscale="log", ylim=(0, None))
+            ax.grid(alpha=0.3)
+        _legend(figure, axes[0, 0])
 
 
 def _legend(figure: Figure, ax: Axes, title: str | None = None) -> None:
     handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, ncols=min(len(handles), 3), title=title, title_fontsize="small", **LEGEND)
+    columns = 2 if len(figure.axes) == 1 else 3
+    figure.legend(handles, labels, ncols=columns, title=title, title_fontsize="small", **LEGEND)

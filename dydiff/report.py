@@ -14,18 +14,17 @@ import yaml
 
 from dydiff import plots
 from dydiff.checkpoint import write_atomically
+from dydiff.comparison import NO_MOTION, compare_rollouts, is_maze, standard_error
 from dydiff.config import Constants, from_mapping
-from dydiff.data import Dataset, Spaces, d4rl, load_dataset
-from dydiff.environments import EnvironmentSpec, environment_name, environment_spec, simulator_version
+from dydiff.data import Dataset, d4rl, load_dataset
+from dydiff.dynamics import DynamicsEnsemble
+from dydiff.environments import environment_name, environment_spec
 from dydiff.errors import DydiffError
-from dydiff.models import POLICY, Policy, load_policy
-from dydiff.rollout import RolloutEngine
-from dydiff.runs import list_runs, read_log, read_settings
-from dydiff.simulate import roll_out_simulator, state_from_observation
-from dydiff.stages import UPDATES_PER_EPOCH, Problem, build_rollouts, load_problem
+from dydiff.models import DIFFUSION, DYNAMICS, POLICY, load_diffusion_model, load_policy
+from dydiff.runs import find_model, list_runs, read_log, read_settings
+from dydiff.stages import UPDATES_PER_EPOCH, build_rollouts, load_problem
 
 ALGORITHM_NAMES = {"td3_bc": "TD3+BC", "diffusion_ql": "Diffusion-QL", "cql": "CQL"}
-NO_MOTION, SINGLE_STEP, DYDIFF = "no motion", "single-step", "DyDiff"
 
 
 @dataclass
@@ -76,52 +75,24 @@ class Variant:
         }
         for name, pick in (("last", lambda returns: returns[-1]), ("best", max)):
             values = np.array([pick(run.returns) for run in runs])
-            record[name] = {"mean": float(values.mean()), "standard_error": _standard_error(values)}
+            record[name] = {"mean": float(values.mean()), "standard_error": standard_error(values)}
             record[name]["normalized_score"] = d4rl.normalized_score(dataset.name, record[name]["mean"])
         return record
-
-
-@dataclass
-class Comparison:
-    """The same policy, closed loop, in the simulator and in each model, from the same B start states."""
-
-    simulated: np.ndarray  # [B, H, O] raw
-    alive: np.ndarray  # [B, H] bool: the simulator's episode had not ended before this row
-    modelled: dict[str, np.ndarray]  # by model, [B, H, O] raw
-
-    def errors(self, spec: EnvironmentSpec, spaces: Spaces) -> dict[str, Any]:
-        """Mean and standard error over the starts, by quantity, model and row.
-
-        `state`: root mean square over the z-scored columns. `position` (mazes, where it has one unit): distance in metres.
-        """
-        deviation = {name: observation - self.simulated for name, observation in self.modelled.items()}  # [B, H, O]
-        std = spaces.z_score.std.cpu().numpy()
-        errors = {"state": {name: np.sqrt(np.square(d / std).mean(axis=-1)) for name, d in deviation.items()}}
-        if is_maze(spec):
-            errors["position"] = {name: np.linalg.norm(d[..., :2], axis=-1) for name, d in deviation.items()}
-        return {
-            quantity: {name: self._over_starts(values) for name, values in by_model.items()}
-            for quantity, by_model in errors.items()
-        }
-
-    def _over_starts(self, values: np.ndarray) -> dict[str, list[float | None]]:
-        columns = [column[alive] for column, alive in zip(values.T, self.alive.T, strict=True)]
-        means = [float(column.mean()) if len(column) else None for column in columns]
-        return {"mean": means, "standard_error": [_standard_error(column) for column in columns]}
 
 
 def report(root: Path, dataset_name: str, starts: int, seed: int, device: str) -> None:
     """Print the tables and write report.json and the pictures into `root`/report.
 
     Raises:
-        DydiffError: no finished policy run or no trained models on the dataset under `root`, or no simulator of it.
+        DydiffError: no finished policy run or no trained models on the dataset under `root`, no simulator of its
+            environment, or `root` cannot be written.
     """
     dataset = load_dataset(dataset_name)
     runs = find_policy_runs(root, dataset)
     subject = next((run for run in reversed(runs) if run.uses_dydiff), runs[-1])
     env_name = subject.constants.env_specs.env_name
     environment_spec(environment_name(env_name or dataset.environment or ""))  # says so where there is no simulator
-    problem = load_problem(dataset_name, env_name)
+    problem = load_problem(dataset_name, env_name, subject.constants.env_specs.backend)
     engine = build_rollouts(subject.constants, problem, device, root).engine
     policy = load_policy(subject.folder / "agent.safetensors", device)
     comparison = compare_rollouts(engine, policy, problem, starts, seed)
@@ -132,7 +103,10 @@ def report(root: Path, dataset_name: str, starts: int, seed: int, device: str) -
     behaviour = None if dataset.terminals.any() else float(dataset.rewards.mean()) * steps
 
     folder = root / "report"
-    folder.mkdir(exist_ok=True)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise DydiffError(f"Cannot write the report to '{folder}': {error.strerror}.") from error
     draw = plots.draw_maze_rollouts if is_maze(problem.spec) else plots.draw_columns
     picture = "maze_rollouts.png" if is_maze(problem.spec) else "rollouts.png"
     files = {name: folder / name for name in ("rollout_error.png", picture, "learning_curve.png", "report.json")}
@@ -144,13 +118,13 @@ def report(root: Path, dataset_name: str, starts: int, seed: int, device: str) -
         "dataset": dataset.name,
         "rows": len(dataset),
         "environment": problem.environment,
-        "simulator": f"{problem.spec.backend}, MuJoCo {simulator_version()}",
+        "simulator": problem.simulator,
         "policy": str(subject.folder),
         "starts": len(comparison.simulated),
         "seed": seed,
         "horizon": engine.horizon,
         "iterations": engine.iterations,
-        "parameters": {"diffusion": [_count(each) for each in engine.denoisers], "dynamics": _count(engine.dynamics)},
+        "models": describe_models(root, dataset, subject.constants, engine.dynamics),
         "rollout_error": errors,
         "alive": comparison.alive.sum(axis=0).tolist(),
         "scores": scores,
@@ -208,43 +182,32 @@ def group_runs(runs: Sequence[PolicyRun]) -> list[Variant]:
     return list(variants.values())
 
 
-def compare_rollouts(engine: RolloutEngine, policy: Policy, problem: Problem, starts: int, seed: int) -> Comparison:
-    """Roll the policy out from `starts` random states of the data: in the simulator and in the models."""
-    spec, spaces, generator = problem.spec, problem.spaces, torch.Generator(problem.spaces.device).manual_seed(seed)
-    observation = problem.transitions.observation
-    # Hopper and walker2d cut observed velocities off at exactly 10: such a row does not tell its state.
-    known = np.flatnonzero((np.abs(state_from_observation(spec, observation)[1]) != 10).all(axis=1))
-    rows = np.random.default_rng(seed).choice(known, min(starts, len(known)), replace=False)
-    start = observation[rows]
-
-    def act(raw: np.ndarray) -> np.ndarray:
-        action = policy.agent.act(spaces.observation_raw_to_policy(torch.as_tensor(raw).to(spaces.device)), generator)
-        return spaces.action_policy_to_raw(action).cpu().numpy()
-
-    truth = roll_out_simulator(spec, *state_from_observation(spec, start), engine.horizon, act)
-    ended = truth.terminal.cumsum(axis=1) - truth.terminal  # [B, H]: ends before the row
-    modelled = {NO_MOTION: np.repeat(start[:, None], engine.horizon, axis=1)}
-    policy_start = spaces.observation_raw_to_policy(torch.as_tensor(start).to(spaces.device))
-    for name, iterations in ((SINGLE_STEP, 0), (DYDIFF, engine.iterations)):
-        rollout = engine.roll_out(lambda o: policy.agent.act(o, generator), policy_start, generator, iterations=iterations)
-        modelled[name] = spaces.observation_policy_to_raw(rollout.observation).cpu().numpy()
-    return Comparison(truth.observation, ended == 0, modelled)
-
-
-def is_maze(spec: EnvironmentSpec) -> bool:
-    """Whether observations are a position in a plane and its velocity."""
-    return spec.name.startswith("maze2d")
+def describe_models(root: Path, dataset: Dataset, constants: Constants, dynamics: DynamicsEnsemble) -> dict[str, Any]:
+    """Where the models behind a run's rollouts lie, and how large they are."""
+    paths = constants.diff_model_params.model_paths
+    diffusion = []
+    for path in [paths] if isinstance(paths, str) else paths:
+        file = find_model(root, DIFFUSION, dataset, path)
+        about = {"path": str(file), "parameters": _count(load_diffusion_model(file, dataset).denoiser)}
+        windows = (read_settings(file.parent) or {}).get("duration")  # None for a file from elsewhere
+        diffusion.append({**about, "training_windows": windows})
+    path = find_model(root, DYNAMICS, dataset, constants.dyn_model_params.load_path)
+    ensemble = {"path": str(path), "networks": dynamics.num_nets, "parameters": _count(dynamics)}
+    return {"diffusion": diffusion, "dynamics": ensemble}
 
 
 def _rollout_text(record: dict[str, Any]) -> str:
-    sizes = record["parameters"]
+    ensemble, diffusion = record["models"]["dynamics"], record["models"]["diffusion"]
+    windows = diffusion[0]["training_windows"]
     shown = [2**power for power in range(20) if 2**power < record["horizon"] - 1] + [record["horizon"] - 1]
     text = [
-        f"Rollout error against the simulator ({record['simulator']}), {record['starts']} start states from {record['dataset']}",
-        f"({record['rows']:,} rows), mean ± standard error over the starts. The policy is the last one of",
-        f"{record['policy']}, closed loop everywhere.",
-        f"Single-step: ensemble of {sizes['dynamics']:,} parameters. DyDiff: {record['horizon']} rows, {record['iterations']} "
-        f"iterations, {len(sizes['diffusion'])} diffusion model(s) of {sizes['diffusion'][0]:,} parameters.",
+        f"Rollout error against the simulator ({record['simulator']}): mean ± standard error over {record['starts']} starts",
+        f"from {record['dataset']} ({record['rows']:,} rows). The policy acts closed loop in the simulator and in both models;",
+        f"it is the last one of {record['policy']}.",
+        f"Single-step: {ensemble['networks']} networks, {ensemble['parameters']:,} parameters in all.",
+        f"DyDiff: {record['horizon']} rows, {record['iterations']} policy injections, "
+        f"{len(diffusion)} diffusion model(s) of {diffusion[0]['parameters']:,} parameters"
+        + (f", trained on {windows:,} windows." if windows else "."),
         "No motion: what a model that stays at the start would score.",
     ]
     titles = {"position": "position error (m)", "state": "state error (root mean square of z-scored observations)"}
@@ -271,7 +234,7 @@ def _score_text(record: dict[str, Any], steps: int) -> str:
         rows.append(row)
     simulators = sorted({simulator for score in record["scores"] for simulator in score["simulator"]})
     text = [
-        f"Return in {record['environment']} ({'; '.join(simulators)}), mean over seeds, ± standard error over seeds if several.",
+        f"Return of an episode in {record['environment']} ({'; '.join(simulators)}): mean ± standard error over seeds.",
         "Last: of the last evaluation. Best: of the best evaluation in hindsight, which flatters noisy curves.",
         format_table(rows),
     ]
@@ -294,10 +257,6 @@ def _plus_minus(mean: float | None, error: float | None, digits: int) -> str:
     if mean is None:
         return "-"
     return f"{mean:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
-
-
-def _standard_error(values: np.ndarray) -> float | None:
-    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
 
 
 def _count(module: torch.nn.Module) -> int:

@@ -37,8 +37,8 @@ class RolloutEngine:
     """Rolls a policy forward for a whole horizon from given start observations, all of it on the models' device.
 
     `denoisers` are one or more diffusion models of the same spaces and horizon; with several, every start is assigned to one of
-    them at random. `sampler` holds `sample_edm`'s settings; `fast`, if given, takes that sampler's place. `chunk_size` bounds how
-    many starts are computed at a time.
+    them at random. `sampler` holds `sample_edm`'s settings; `fast`, if given, takes that sampler's place. `chunk_size` bounds
+    how many starts are computed at a time.
 
     Raises:
         DydiffError: no diffusion model, or a chunk that holds nothing.

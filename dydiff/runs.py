@@ -142,7 +142,7 @@ class Run:
 
 
 class Interrupts:
-    """Turn signals that ask for the end into a flag that is looked at between pieces of work: a stop saves and loses nothing."""
+    """Turn signals that ask for the end into a flag, looked at between pieces of work, so that a stop loses nothing."""
 
     def __enter__(self) -> Interrupts:
         self.received: int | None = None

@@ -17,6 +17,7 @@ import torch
 from dydiff.agents import AGENTS
 from dydiff.config import Constants
 from dydiff.data import Dataset, Limits, Spaces, Transitions, Windows, load_dataset, make_transitions
+from dydiff.diffusion.fast_sampler import FastMode
 from dydiff.diffusion.training import DiffusionTrainer
 from dydiff.dynamics import DynamicsEnsemble
 from dydiff.environments import (
@@ -24,12 +25,12 @@ from dydiff.environments import (
     EnvironmentSpec,
     environment_name,
     environment_spec,
-    simulator_version,
 )
 from dydiff.errors import DydiffError
 from dydiff.evaluate import Evaluator
 from dydiff.experiment import ALGORITHMS, Variant
 from dydiff.fit import Fit
+from dydiff.importing import Importer, is_published
 from dydiff.models import (
     DIFFUSION,
     DYNAMICS,
@@ -62,16 +63,21 @@ class Problem:
     transitions: Transitions  # raw, numpy
     spaces: Spaces
 
+    @property
+    def simulator(self) -> str:
+        """The name and version of the simulator, which stand beside every score: scores of two simulators do not compare."""
+        return self.spec.simulator if self.spec else "none"
+
     def policy_transitions(self, device: str) -> Transitions:
         """The transitions in policy space on `device`."""
         return self.spaces.transitions_to_policy(self.transitions, device)
 
 
-def load_problem(dataset_name: str, env_name: str | None = None) -> Problem:
-    """Load a dataset and tie it to its environment.
+def load_problem(dataset_name: str, env_name: str | None = None, backend: str | None = None) -> Problem:
+    """Load a dataset and tie it to its environment, on the simulator `backend` (None: `Dataset.backend`, where it is known).
 
     Raises:
-        DydiffError: no such dataset or environment, or the two do not fit (dimensions, actions outside the box).
+        DydiffError: no such dataset, environment or simulator of it, or they do not fit (dimensions, actions outside the box).
     """
     dataset = load_dataset(dataset_name)
     if env_name is None and dataset.environment is None:
@@ -79,13 +85,14 @@ def load_problem(dataset_name: str, env_name: str | None = None) -> Problem:
             f"Dataset '{dataset.name}' does not say which environment it is from. Set env_specs.env_name (for example hopper)."
         )
     environment = environment_name(env_name or dataset.environment)
-    spec = None if environment in WITHOUT_SIMULATOR else environment_spec(environment)
+    known = backend or (dataset.backend if env_name is None else None)  # the data tell nothing about another environment
+    spec = None if environment in WITHOUT_SIMULATOR else environment_spec(environment, known)
     if spec is not None:
         ours, theirs = (dataset.observation_dim, dataset.action_dim), (spec.observation_dim, spec.action_dim)
         if ours != theirs:
             raise DydiffError(
                 f"Dataset '{dataset.name}' has {ours[0]} observation and {ours[1]} action columns, but {environment} has "
-                f"{theirs[0]} and {theirs[1]}. Correct env_specs.env_name or the dataset."
+                f"{theirs[0]} and {theirs[1]} ({spec.backend}). Correct env_specs.env_name, env_specs.backend or the dataset."
             )
     low = np.array(spec.action_low if spec else [-1.0] * dataset.action_dim, np.float32)
     high = np.array(spec.action_high if spec else [1.0] * dataset.action_dim, np.float32)
@@ -191,7 +198,12 @@ def build_policy(variant: Variant, problem: Problem, device: str, root: Path, pr
             params.save_best,
             params.save_replay_buffer,
             params.save_model_replay_buffer,
-            {"algorithm": variant.stage, "model": describe, "environment": problem.environment},
+            {
+                "algorithm": variant.stage,
+                "model": describe,
+                "environment": problem.environment,
+                "simulator": problem.simulator,
+            },
         ),
         num_epochs=params.num_epochs,
         updates_per_epoch=updates,
@@ -226,7 +238,7 @@ def build_rollouts(constants: Constants, problem: Problem, device: str, root: Pa
     paths = [paths] if isinstance(paths, str) else paths
     if not paths:
         raise DydiffError("diff_model_params.model_paths is empty; name a diffusion model, or use 'auto'.")
-    models = [load_diffusion_model(find_model(root, DIFFUSION, dataset, path), dataset, device) for path in paths]
+    models = [load_diffusion_model(_find(problem, root, DIFFUSION, path), dataset, device) for path in paths]
     for model in models:
         if not model.manifest["include_action"]:
             raise DydiffError(
@@ -234,8 +246,8 @@ def build_rollouts(constants: Constants, problem: Problem, device: str, root: Pa
             )
         if model.horizon != models[0].horizon:
             raise DydiffError(f"The diffusion models differ in their horizon: {[each.horizon for each in models]}.")
-    dynamics = load_dynamics(find_model(root, DYNAMICS, dataset, constants.dyn_model_params.load_path), dataset, device)
-    reward = load_reward(find_model(root, REWARD, dataset, constants.model_params.load_path), dataset, device)
+    dynamics = load_dynamics(_find(problem, root, DYNAMICS, constants.dyn_model_params.load_path), dataset, device)
+    reward = load_reward(_find(problem, root, REWARD, constants.model_params.load_path), dataset, device)
     horizon = models[0].horizon
     length = horizon if params.rollout_length == -1 else params.rollout_length
     if not 2 <= length <= horizon:
@@ -244,6 +256,7 @@ def build_rollouts(constants: Constants, problem: Problem, device: str, root: Pa
             f"not {length}."
         )
     sampler = constants.sampler_kwargs
+    fast = FastMode(sampler.fast_first_evaluations, sampler.fast_warm_sigma, sampler.fast_warm_evaluations)
     engine = RolloutEngine(
         [model.denoiser for model in models],
         dynamics,
@@ -259,6 +272,7 @@ def build_rollouts(constants: Constants, problem: Problem, device: str, root: Pa
             "s_noise": sampler.S_noise,
         },
         sampler.backend,
+        fast if sampler.fast else None,
     )
     keep = params.keep_condition
     return Rollouts(
@@ -274,6 +288,22 @@ def build_rollouts(constants: Constants, problem: Problem, device: str, root: Pa
     )
 
 
+def make_importer(problem: Problem, horizon: int | None = None) -> Importer:
+    """What ties published checkpoints to the problem's dataset; `horizon` is for diffusion models that do not say theirs."""
+    return Importer(problem.dataset, problem.spaces, problem.transitions, problem.environment, horizon)
+
+
+def _find(problem: Problem, root: Path, kind: str, path: str) -> Path:
+    """`find_model`, where a published file stands for the checkpoint that it is converted to, under `root`."""
+    file = find_model(root, kind, problem.dataset, path)
+    if not is_published(file):
+        return file
+    checkpoint, notes = make_importer(problem).find(file, kind, root / "imported")
+    for note in notes:
+        print(f"{file.name}: {note}")
+    return checkpoint
+
+
 def run_variant(
     variant: Variant, folder: Path, root: Path, device: str, settings: dict[str, Any], description: str = ""
 ) -> None:
@@ -282,7 +312,8 @@ def run_variant(
     `settings` identify the run; `description` is free text that is kept with it.
     """
     seed_everything(variant.constants.seed)
-    problem = load_problem(variant.constants.dataset_name, variant.constants.env_specs.env_name)
+    environment = variant.constants.env_specs
+    problem = load_problem(variant.constants.dataset_name, environment.env_name, environment.backend)
     progress = Progress(folder.name)
     if variant.is_policy:
         stage = build_policy(variant, problem, device, root, progress)
@@ -295,7 +326,7 @@ def run_variant(
     about = {"description": description} if description else {}
     if variant.is_policy:
         # Scores of different simulators do not compare, so the name of this one stays beside them.
-        about["simulator"] = f"{problem.spec.backend}, MuJoCo {simulator_version()}" if problem.spec else "none"
+        about["simulator"] = problem.simulator
     run = Run(folder, kind, problem.dataset, settings, about)
     progress.begin(length, unit)
     with progress:

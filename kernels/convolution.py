@@ -8,8 +8,9 @@ convolution (P = 2, two taps each). Bytes: x once from memory (its K-fold overla
 
 Statistics: GroupNorm's groups are whole channels of one sample over all positions, but a tile holds pieces of several samples
 and of several or less than one group. So each tile writes, for each of its samples and each *part* (the largest power of two
-that divides a group, at most the tile's columns), the mean and the sum of squared deviations from it, in float32 and before
-rounding; normalisation.py merges them. Nothing is added atomically: results do not depend on the order of the programs.
+that divides a group, at most the tile's columns), the mean and the sum of squared deviations from it, in float32 and of the
+values as they are stored: where a group hardly varies, the rounding of its mean must be that of its values. normalisation.py
+merges them. Nothing is added atomically: results do not depend on the order of the programs.
 """
 
 from __future__ import annotations
@@ -26,8 +27,7 @@ from dydiff.kernels.launch import Launch, Tile, choose, family
 from dydiff.kernels.layout import Activation
 from dydiff.kernels.matmul import multiply, sum_over_sample, zero_gaps
 from dydiff.kernels.packing import DEPTH, Convolution
-
-GROUPS = 8
+from dydiff.kernels.unet_reference import GROUPS
 
 SIZES = ["samples", "length", "per_sample", "x_pitch", "x_shift", "out_pitch", "out_shift", "gap"]
 
@@ -80,16 +80,17 @@ def convolution_kernel(
     weight_row = phase * MATRIX_ROWS
 
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    acc = multiply(acc, x, row, rows, weight, weight_row, n0, C1, TAPS, N, COLUMNS, DEPTH, X_DESCRIPTOR, WEIGHT_DESCRIPTOR)
+    acc = multiply(acc, x, row, rows, weight, weight_row, n0, C1, TAPS, N, DEPTH, X_DESCRIPTOR, WEIGHT_DESCRIPTOR)
     if C2 > 0:
         weight_row += SKIP_ROW
-        acc = multiply(acc, skip, row, rows, weight, weight_row, n0, C2, TAPS, N, COLUMNS, DEPTH, X_DESCRIPTOR, WEIGHT_DESCRIPTOR)
+        acc = multiply(acc, skip, row, rows, weight, weight_row, n0, C2, TAPS, N, DEPTH, X_DESCRIPTOR, WEIGHT_DESCRIPTOR)
 
     n = n0 + tl.arange(0, COLUMNS)
     acc += tl.load(bias + n, mask=n < N_OUT, other=0.0)[None, :]
     out_rows = (sample * out_pitch + position * PHASES + out_shift + phase).to(tl.int64)
     inside = valid[:, None] & (n < N_OUT)[None, :]
-    tl.store(out + out_rows[:, None] * N_OUT + n[None, :], acc.to(out.dtype.element_ty), mask=inside)
+    acc = acc.to(out.dtype.element_ty)
+    tl.store(out + out_rows[:, None] * N_OUT + n[None, :], acc, mask=inside)
 
     first = m * ROWS // per_sample
     last = tl.minimum((m * ROWS + ROWS - 1) // per_sample, samples - 1)
@@ -102,7 +103,7 @@ def convolution_kernel(
         end = tl.minimum(start + length, m * ROWS + ROWS)
         count = (tl.maximum(end - begin, 1) * PART).to(tl.float32)
         sample = tl.where(valid, sample, -1)
-        values = tl.reshape(acc, [ROWS, PARTS, PART])
+        values = tl.reshape(acc.to(tl.float32), [ROWS, PARTS, PART])
         mean = sum_over_sample(tl.sum(values, axis=2), sample, first, last) / count[:, None]
         deviation = values - mean[:, :, None]
         squares = sum_over_sample(tl.sum(deviation * deviation, axis=2), sample, first, last)
@@ -130,46 +131,43 @@ def largest_part(columns: int) -> int:
     return group & -group
 
 
-def convolve(
-    sources: tuple[Activation, ...],
-    convolution: Convolution,
-    capability: int,
-    *,
-    stride: int = 1,
-    left: int | None = None,
-    columns: int | None = None,
-    gapped: bool = False,
-    dtype: torch.dtype | None = None,
-    with_statistics: bool = False,
-    tile: Tile | None = None,
-) -> tuple[Launch, Tensor | Activation, Statistics | None]:
-    """The launch of a convolution, its output (not yet computed) and, if asked for, the statistics.
+@dataclass(frozen=True)
+class Form:
+    """How a convolution reads and writes."""
 
-    sources: one or two activations of one length, concatenated along channels. left: zero positions before the first, K // 2
-    by default. columns: how many of the output's columns are stored, all by default. gapped: the output is an activation,
-    otherwise a tensor [B L_out, columns] of this dtype, by default that of the sources. tile: one to use instead of the table's.
+    stride: int = 1
+    gapped: bool = False  # the output is an activation, otherwise a tensor [B L_out, columns]
+    dtype: torch.dtype | None = None  # of such a tensor, that of the sources by default
+    statistics: bool = False
+
+
+def convolve(
+    sources: tuple[Activation, ...], convolution: Convolution, capability: int, form: Form, tile: Tile | None = None
+) -> tuple[Launch, Tensor | Activation, Statistics | None]:
+    """The launch of a convolution, its output (not yet computed) and, if the form asks for them, the statistics.
+
+    sources: one or two activations of one length, concatenated along channels. tile: one to use instead of the table's.
     """
     x, skip = sources[0], sources[1] if len(sources) > 1 else None
     widths = tuple(source.channels for source in sources)
     matrix = convolution.matrix(widths)
-    phases, taps, columns = len(convolution.phases), convolution.taps, columns or matrix.shape[1]
-    left = taps // 2 if left is None else left
+    phases, taps, columns, stride = len(convolution.phases), convolution.taps, len(convolution.bias), form.stride
     length = -(-x.length // stride)
 
-    tile = tile or choose("conv", capability, x.batch * length, columns, length, lambda tile: True)
+    tile = tile or choose("conv", capability, x.batch * length, columns, length)
     weight_descriptor = family(capability) == "sm_90"
     # Boxes of consecutive rows: not where every second row is read, or a channel block would straddle two taps.
     x_descriptor = weight_descriptor and stride == phases == 1 and all(width % tile.depth == 0 for width in widths)
     per_sample = x.pitch if x_descriptor else length
 
-    if gapped:
+    if form.gapped:
         out = x.empty(length * phases, columns)
         out_rows, out_pitch, out_shift = out.rows, out.pitch, out.gap
     else:
-        out = out_rows = x.rows.new_empty(x.batch * length * phases, columns, dtype=dtype)
+        out = out_rows = x.rows.new_empty(x.batch * length * phases, columns, dtype=form.dtype)
         out_pitch, out_shift = length * phases, 0
     statistics = None
-    if with_statistics:
+    if form.statistics:
         part = min(largest_part(columns), tile.columns)
         chunks = (length - 2) // tile.rows + 2
         values = out_rows.new_empty(x.batch, chunks, 2, columns // part, dtype=torch.float32)
@@ -192,7 +190,7 @@ def convolve(
         "length": length,
         "per_sample": per_sample,
         "x_pitch": x.pitch,
-        "x_shift": x.gap - left,
+        "x_shift": x.gap - taps // 2,
         "out_pitch": out_pitch,
         "out_shift": out_shift,
         "gap": x.gap,
@@ -207,7 +205,7 @@ def convolve(
         "N_OUT": columns,
         "PART": statistics.part if statistics else 0,
         "CHUNKS": statistics.values.shape[1] if statistics else 0,
-        "GAP": triton.next_power_of_2(x.gap) if gapped else 0,
+        "GAP": triton.next_power_of_2(x.gap) if form.gapped else 0,
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,
         "DEPTH": tile.depth,

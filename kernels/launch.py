@@ -33,9 +33,6 @@ class Tile(NamedTuple):
     warps: int
     stages: int
 
-    def __str__(self) -> str:
-        return "x".join(map(str, self[:3])) + f" warps {self.warps} stages {self.stages}"
-
     @property
     def stage_bytes(self) -> int:
         return 2 * self.depth * (self.rows + self.columns)
@@ -51,11 +48,11 @@ TILES = {
             Tile(64, 64, 64, 4, 6),
             Tile(64, 32, 64, 4, 6),
         ],
-        "block": [Tile(256, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 5), Tile(64, 32, 64, 4, 6)],
+        "block": [Tile(128, 128, 64, 8, 4), Tile(256, 64, 64, 8, 4), Tile(64, 128, 64, 4, 5), Tile(64, 32, 64, 4, 6)],
     },
     "sm_80": {
         "conv": [Tile(128, 128, 32, 8, 4), Tile(128, 64, 32, 4, 4), Tile(64, 64, 64, 4, 4), Tile(64, 32, 64, 4, 5)],
-        "block": [Tile(256, 128, 32, 8, 3), Tile(128, 128, 32, 8, 4), Tile(64, 128, 32, 4, 4), Tile(64, 32, 64, 4, 5)],
+        "block": [Tile(128, 128, 32, 8, 4), Tile(256, 64, 32, 8, 4), Tile(64, 128, 32, 4, 4), Tile(64, 32, 64, 4, 5)],
     },
 }
 # Shared memory that a block may have, in KiB, by compute capability (CUDA C++ programming guide).
@@ -84,22 +81,32 @@ def shape_class(kind: str, rows: int, columns: int, length: int) -> str:
     return f"{kind} columns {round_to_class(columns, COLUMN_CLASSES)}{positions} {'many' if many else 'few'}"
 
 
-def choose(kind: str, capability: int, rows: int, columns: int, length: int, fits: Callable[[Tile], bool]) -> Tile | None:
-    """The tile for an output of this many rows and columns, of those that fit; None if none does."""
-    tiles = [tile for tile in TILES[family(capability)][kind] if fits(tile)]
+def suits(tile: Tile, columns: int) -> bool:
+    """Whether a tile is not much wider than the output; the narrow ones serve any."""
+    return tile.columns <= 64 or tile.columns < 2 * columns
+
+
+def choose(
+    kind: str, capability: int, rows: int, columns: int, length: int, worth: Callable[[Tile], float] = lambda tile: 1.0
+) -> Tile | None:
+    """The tile for an output of this many rows and columns, L positions a sample; None if no tile is worth anything."""
+    tiles = [tile for tile in TILES[family(capability)][kind] if worth(tile) > 0]
     if not tiles:
         return None
     measured = read_table(TABLE).get(family(capability), {}).get(shape_class(kind, rows, columns, length))
-    if measured is not None and Tile(*measured) in tiles:
-        return fits_card(Tile(*measured), capability)
-    # No wider than the output unless the others are used up, and at least one program for each multiprocessor.
-    busy = [tile for tile in tiles if -(-rows // tile.rows) * -(-columns // tile.columns) >= BUSY and tile.columns < 2 * columns]
-    return fits_card(busy[0] if busy else tiles[-1], capability)
+    if measured is not None and (tile := Tile(*map(int, measured.split()))) in tiles:
+        return fits_card(tile, capability)
+
+    # The most worth, then the largest, of those no wider than the output that leave no multiprocessor idle.
+    def fills(tile: Tile) -> bool:
+        return suits(tile, columns) and -(-rows // tile.rows) * -(-columns // tile.columns) >= BUSY
+
+    return fits_card(max(filter(fills, tiles), key=worth, default=tiles[-1]), capability)
 
 
 @cache
-def read_table(path: Path) -> dict[str, dict[str, list[int]]]:
-    """Measured choices: family -> class of shapes -> tile."""
+def read_table(path: Path) -> dict[str, dict[str, str]]:
+    """Measured choices: family -> class of shapes -> tile as "rows columns depth warps stages"."""
     return json.loads(path.read_text()) if path.exists() else {}
 
 

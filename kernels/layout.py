@@ -3,9 +3,9 @@
     rows [gap + B (L + gap), C]:   gap | sample 0, L rows | gap | sample 1, L rows | gap | ...
     sample b, position l  ->  row gap + b (L + gap) + l
 
-The gaps are zero, so a convolution needs no masks: with `gap >= K // 2` its operand for output row r is the *contiguous* slice of K C
-elements that starts K // 2 rows earlier, and the whole convolution is one matrix product over an overlapping view. Channel
-counts are multiples of 8 (16 bytes), as copies into shared memory need them; only the data's columns are padded for that.
+The gaps are zero, so a convolution needs no masks: with `gap >= K // 2` its operand for output row r is the *contiguous* slice
+of K C elements that starts K // 2 rows earlier, and the whole convolution is one matrix product over an overlapping view.
+Channel counts are multiples of 8 (16 bytes), as copies into shared memory need them; only the data's columns are padded.
 """
 
 from __future__ import annotations
@@ -48,5 +48,5 @@ def enter(x: Tensor, gap: int, dtype: torch.dtype) -> Activation:
     """Trajectories [B, H, D] of any float type -> activation with D rounded up to a multiple of 8 by zero channels."""
     batch, length, width = x.shape
     rows = torch.zeros(gap + batch * (length + gap), round_up(width, 8), dtype=dtype, device=x.device)
-    rows[gap:].view(batch, length + gap, -1)[:, :length, :width].copy_(x)
+    rows[gap:].view(batch, length + gap, rows.shape[1])[:, :length, :width].copy_(x)
     return Activation(rows, batch, length, gap)

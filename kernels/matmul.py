@@ -4,8 +4,8 @@
 contiguous in memory. Two ways to load it:
 
 * with descriptors (TMA, sm_90 on): the rows of a tile follow one another in x, so tap k of the tile is the box at row + k. The
-  loads cost no registers and no address arithmetic. A depth of the tile must divide the channels.
-* with pointers (cp.async): every row of the tile has its own first row in x, which leaves out the gaps or takes every second row.
+  loads cost no registers and no address arithmetic. The depth of a step must divide the channels.
+* with pointers (cp.async): every row of the tile has its own first row in x, so gaps or every second row can be left out.
 """
 
 import triton
@@ -24,12 +24,12 @@ def multiply(
     C: tl.constexpr,
     TAPS: tl.constexpr,
     N: tl.constexpr,  # columns of the matrix
-    COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     X_DESCRIPTOR: tl.constexpr,
     WEIGHT_DESCRIPTOR: tl.constexpr,
 ):
     """acc [ROWS, COLUMNS] + (TAPS rows of x, C channels each) @ (rows of the matrix from weight_row, columns from n0)."""
+    COLUMNS: tl.constexpr = acc.shape[1]
     k = tl.arange(0, DEPTH)
     n = n0 + tl.arange(0, COLUMNS)
     if not X_DESCRIPTOR:

@@ -1,11 +1,12 @@
 """The second pass of a convolution block: GroupNorm, Mish and what is added after them, in one reading.
 
-    out[b, l, c] = mish((raw[b, l, c] - mean[b, g]) / sqrt(variance[b, g] + 1e-5) scale[c] + shift[c]) + time[c] + residual[b, l, c]
+    out[b, l, c] = mish((raw[b, l, c] - mean[b, g]) rstd[b, g] scale[c] + shift[c]) + time[c] + residual[b, l, c]
 
-raw [B L, C] in 16 bit is what convolution.py wrote, with its statistics; time [C] float32 and residual [.., C] may be absent; out
-is a gapped activation whose gaps are zeroed here. Bytes: raw and residual read once, out written once (3 x 2 an element),
-where PyTorch's GroupNorm, Mish and two additions move 9. The pieces of a group are merged with the rule for the mean and the
-squared deviations of a union (Chan, Golub and LeVeque 1983): no difference of large numbers, always in the same order.
+raw [B L, C] in 16 bit is what convolution.py wrote, with its statistics; time [C] float32 and residual [.., C] may be absent;
+out is a gapped activation whose gaps are zeroed here. Bytes an element: raw and residual are read once, out is written once,
+6 in all, where PyTorch's GroupNorm (which reads twice), Mish and an addition move 16. The pieces of a group are merged with the
+rule for the mean and the squared deviations of a union (Chan, Golub and LeVeque 1983): no difference of large numbers, and
+always in the same order.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dydiff.kernels.convolution import GROUPS, Statistics
+from dydiff.kernels.convolution import Statistics
 from dydiff.kernels.launch import Launch
 from dydiff.kernels.layout import Activation
 from dydiff.kernels.matmul import mish
+from dydiff.kernels.unet_reference import GROUPS
 
 SIZES = ["samples", "length", "gap", "per_sample", "blocks", "residual_pitch", "residual_shift"]
 
@@ -39,6 +41,7 @@ def normalisation_kernel(
     residual_pitch,
     residual_shift,
     N: tl.constexpr,
+    GROUPS: tl.constexpr,
     PART: tl.constexpr,
     CHUNKS: tl.constexpr,
     PIECES: tl.constexpr,  # a power of two >= CHUNKS times parts in a group
@@ -46,17 +49,18 @@ def normalisation_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    GROUP: tl.constexpr = N // 8
+    GROUP: tl.constexpr = N // GROUPS
     PARTS: tl.constexpr = GROUP // PART
     sample = tl.program_id(0) // blocks
 
-    # Pieces [PIECES, 8 groups] of this sample, merged
-    i, g = tl.arange(0, PIECES), tl.arange(0, 8)
+    # Pieces [PIECES, GROUPS] of this sample, merged
+    i, g = tl.arange(0, PIECES), tl.arange(0, GROUPS)
     start = sample * per_sample
     tile = start // TILE_ROWS + i // PARTS
     count = tl.minimum(start + length, tile * TILE_ROWS + TILE_ROWS) - tl.maximum(start, tile * TILE_ROWS)
     count = tl.where(i // PARTS < CHUNKS, tl.maximum(count, 0) * PART, 0).to(tl.float32)[:, None]
-    piece = sample.to(tl.int64) * (CHUNKS * 2 * (N // PART)) + (i // PARTS * 2 * (N // PART) + i % PARTS)[:, None] + g[None, :] * PARTS
+    statistics += sample.to(tl.int64) * (CHUNKS * 2 * (N // PART))
+    piece = (i // PARTS * 2 * (N // PART) + i % PARTS)[:, None] + g[None, :] * PARTS
     means = tl.load(statistics + piece, mask=count > 0, other=0.0)
     squares = tl.load(statistics + piece + N // PART, mask=count > 0, other=0.0)
     total = (length * GROUP).to(tl.float32)
@@ -98,7 +102,7 @@ def normalise(
     """The launch that fills `out` (gaps included) from raw [B L, C]; residual is an activation or again [B L, C]."""
     columns = raw.shape[1]
     block_columns = min(triton.next_power_of_2(columns), 256)
-    block_rows = min(triton.next_power_of_2(out.length + 2 * out.gap), max(8192 // block_columns, 16), 128)
+    block_rows = min(triton.next_power_of_2(out.length + 2 * out.gap), max(4096 // block_columns, 16), 128)
     blocks = triton.cdiv(out.length + 2 * out.gap, block_rows)
     parts_in_group = columns // GROUPS // statistics.part
     gapped = isinstance(residual, Activation)
@@ -118,6 +122,7 @@ def normalise(
         "residual_pitch": residual.pitch if gapped else out.length,
         "residual_shift": residual.gap if gapped else 0,
         "N": columns,
+        "GROUPS": GROUPS,
         "PART": statistics.part,
         "CHUNKS": statistics.values.shape[1],
         "PIECES": triton.next_power_of_2(statistics.values.shape[1] * parts_in_group),

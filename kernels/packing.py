@@ -9,12 +9,13 @@ A transposed convolution (k4 s2 p1) is two convolutions with two taps each, one 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dydiff.kernels.layout import round_up
+from dydiff.kernels.layout import Activation, round_up
 
 # Rows of a source are padded with zeros to a multiple of the deepest tile, so that loads of the matrix need no mask.
 DEPTH = 64
@@ -23,7 +24,7 @@ EVEN_TAPS, ODD_TAPS = [3, 1], [2, 0]
 
 @dataclass
 class Convolution:
-    """The weights of one convolution: phases [P, K, C_in, C_out], channels rounded up to multiples of 8, and bias [C_out]."""
+    """The weights of one convolution: phases [P, K, C_in, C_out] with channels rounded up to multiples of 8, bias [C_out]."""
 
     phases: Tensor
     bias: Tensor  # float32
@@ -54,11 +55,24 @@ class ConvBlock:
     shift: Tensor
 
 
+class Residual(NamedTuple):
+    """The addend of a convolution block: one or two activations, through a 1x1 convolution unless they are one of its width."""
+
+    sources: tuple[Activation, ...]
+    convolution: Convolution | None
+
+
 @dataclass
 class ResidualBlock:
     block1: ConvBlock
     block2: ConvBlock
     residual: Convolution | None  # 1x1, where the width changes
+
+    def residual_of(self, sources: tuple[Activation, ...]) -> Residual:
+        """What the block adds; a concatenation that is as wide as the output needs a convolution that joins its sources."""
+        if self.residual is None and len(sources) > 1:
+            self.residual = identity(len(self.block2.scale), self.block2.convolution)
+        return Residual(sources, self.residual)
 
 
 def pack_convolution(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Convolution:
@@ -72,6 +86,12 @@ def pack_convolution(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Convol
     phases = F.pad(phases, (0, round_up(columns, 8) - columns, 0, round_up(rows, 8) - rows))
     # A copy even where nothing changes: training the network further must not change what was packed.
     return Convolution(phases.to(dtype, copy=True).contiguous(), bias.to(torch.float32, copy=True))
+
+
+def identity(columns: int, like: Convolution) -> Convolution:
+    """The 1x1 convolution that changes nothing, exactly."""
+    phases = torch.eye(columns, dtype=like.phases.dtype, device=like.phases.device)[None, None]
+    return Convolution(phases, torch.zeros_like(like.bias))
 
 
 def pack(weights: dict[str, Tensor], dtype: torch.dtype) -> ResidualBlock | ConvBlock | Convolution:

@@ -143,7 +143,7 @@ def save_for_ever(path: Path) -> None:
     value = 0
     while True:
         value += 1
-        save_checkpoint(path, "thing", {"value": value, "tensors": [torch.full((10_000,), value) for _ in range(8)]}, {})
+        save_checkpoint(path, "thing", {"value": value, "tensors": [torch.full((2_000,), value) for _ in range(8)]}, {})
 
 
 def test_a_kill_at_any_instant_leaves_a_whole_file(tmp_path):
@@ -163,6 +163,16 @@ def test_a_kill_at_any_instant_leaves_a_whole_file(tmp_path):
         assert all(bool((tensor == tree["value"]).all()) for tensor in tree["tensors"])
         values.append(tree["value"])
     assert max(values) > 1, "the children were killed before they ever replaced a file"
+
+
+def test_a_file_is_replaced_and_never_overwritten(tmp_path):
+    """Who has the old file open goes on reading the old file: the new one took its name, not its place."""
+    path = tmp_path / "x"
+    save_checkpoint(path, "thing", {"value": 1}, {})
+    old = path.read_bytes()
+    with open(path, "rb") as reader:
+        save_checkpoint(path, "thing", {"value": 2}, {})
+        assert reader.read() == old != path.read_bytes()
 
 
 def test_a_failed_write_leaves_the_old_file_alone(tmp_path):

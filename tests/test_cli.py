@@ -276,6 +276,19 @@ def test_two_runs_in_one_folder(train, dataset, tmp_path):
     assert train(dataset, f"--resume={run}").status == 0
 
 
+def test_a_damaged_state_is_told_and_does_not_block_the_folder(train, dataset, tmp_path):
+    assert train(dataset).status == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**record, "status": "interrupted"}))
+    state = run / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:1000])
+    for _ in range(2):
+        check_refusal(train(dataset, f"--resume={run}"), "state.safetensors", "damaged")
+    state.unlink()
+    assert train(dataset, f"--resume={run}").status == 0, "without its state a run starts over"
+
+
 def test_foreign_files_among_the_runs_are_passed_over(run_stage, dataset, tmp_path):
     for name, text in {"a": "[1, 2]", "b": '{"id": 3}', "c": "nonsense"}.items():
         (tmp_path / "runs" / name).mkdir(parents=True)
@@ -340,6 +353,8 @@ def test_sweep_passes_a_signal_on_and_waits(run_stage, dataset, tmp_path, proces
         time.sleep(0.02)
         logs = list((tmp_path / "runs").glob("*/log.jsonl"))
         if len(logs) == 2 and all(log.stat().st_size for log in logs):
+            # A terminal's Ctrl-C reaches every process of its session; a worker's second signal would cut its saving short.
+            assert all(os.getsid(process.pid) == process.pid for process, _ in processes)
             os.kill(os.getpid(), signal.SIGTERM)
 
     variables = {"seed": [1, 2]}

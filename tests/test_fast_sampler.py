@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
+import tiny
 import torch
 from torch import Tensor
 
+from dydiff.data import Limits, Spaces, ZScore
+from dydiff.diffusion.edm import Denoiser
 from dydiff.diffusion.fast_sampler import FastMode, sample_fast
 from dydiff.diffusion.sampler import sample_edm
+from dydiff.dynamics import DynamicsEnsemble
 from dydiff.errors import DydiffError
 from dydiff.kernels import reference
+from dydiff.rollout import RolloutEngine
 
 HORIZON, OBSERVATIONS, ACTIONS = 4, 2, 1
 WIDTH = OBSERVATIONS + ACTIONS
@@ -142,3 +150,117 @@ def test_impossible_settings_are_refused(settings):
 def test_impossible_modes_are_refused(settings):
     with pytest.raises(DydiffError):
         FastMode(**settings)
+
+
+class CountingNetwork(torch.nn.Module):
+    """F = 0 but for the batch size, which it notes at every evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches: list[int] = []
+        self.place = torch.nn.Parameter(torch.zeros(()))  # engines look where a network's parameters are
+
+    def forward(self, x: Tensor, noise_label: Tensor) -> Tensor:
+        self.batches.append(len(x))
+        return torch.zeros_like(x)
+
+
+def make_engine(count: int, fast: FastMode | None) -> tuple[RolloutEngine, list[CountingNetwork]]:
+    networks = [CountingNetwork() for _ in range(count)]
+    spaces = Spaces(
+        Limits(-torch.ones(WIDTH), torch.ones(WIDTH)),
+        ZScore(torch.zeros(OBSERVATIONS), torch.ones(OBSERVATIONS)),
+        -torch.ones(ACTIONS),
+        torch.ones(ACTIONS),
+    )
+    dynamics = DynamicsEnsemble(
+        OBSERVATIONS, ACTIONS, [4], num_nets=2, num_elites=2, weight_decay=[0, 0], generator=torch.Generator().manual_seed(1)
+    )
+    denoisers = [Denoiser(network, OBSERVATIONS) for network in networks]
+    return RolloutEngine(denoisers, dynamics, spaces, HORIZON, iterations=3, backend="reference", fast=fast), networks
+
+
+def act(observation: Tensor) -> Tensor:
+    return observation[:, :ACTIONS] / 2
+
+
+def roll_out(engine: RolloutEngine):
+    return engine.roll_out(act, torch.full((6, OBSERVATIONS), 0.3), torch.Generator().manual_seed(2))
+
+
+def test_a_fast_rollout_takes_the_evaluations_it_promises():
+    engine, (network,) = make_engine(1, FastMode(first_evaluations=5, warm_sigma=0.1, warm_evaluations=3))
+    trajectory = roll_out(engine)
+    assert network.batches == [6] * (5 + 3 + 3)
+    assert torch.allclose(trajectory.observation[:, 0], torch.full((6, OBSERVATIONS), 0.3))
+    assert torch.allclose(trajectory.action.flatten(0, 1), act(trajectory.observation.flatten(0, 1)))
+
+
+def test_later_iterations_of_a_fast_rollout_start_from_the_guess():
+    """With hardly any noise on it, the warm start returns the guess: more iterations leave the trajectory as it is."""
+    engine, _ = make_engine(1, FastMode(first_evaluations=5, warm_sigma=0.003, warm_evaluations=2))
+    engine.iterations = 1
+    one = roll_out(engine)
+    engine.iterations = 3
+    assert torch.allclose(roll_out(engine).observation, one.observation, atol=0.02)
+
+
+def test_fast_mode_serves_several_models():
+    engine, networks = make_engine(2, FastMode(4, 0.5, 2))
+    trajectory = roll_out(engine)
+    assert trajectory.observation.isfinite().all()
+    assert all(networks[index].batches for index in (0, 1))
+    rows = sum(sum(network.batches) for network in networks)
+    assert rows == 6 * (4 + 2 + 2)
+
+
+def test_fast_mode_is_off_unless_asked_for():
+    engine, (network,) = make_engine(1, None)
+    roll_out(engine)
+    assert len(network.batches) == 3 * 67
+
+
+def test_every_setting_of_fast_mode_reaches_the_engine(command, dataset, trained, tmp_path, monkeypatch):
+    """An experiment file with fast mode on; a nonsensical number of evaluations is refused."""
+    seen, sample = [], FastMode.sample
+
+    def spy(self: FastMode, *arguments: object) -> Tensor:
+        seen.append(self)
+        return sample(self, *arguments)
+
+    monkeypatch.setattr(FastMode, "sample", spy)
+    root = shutil.copytree(trained, tmp_path / "runs")
+    file = tiny.write_experiment(tmp_path / "fast.yaml", "td3_bc", dataset)
+
+    def run(*settings: str):
+        options = [word for setting in settings for word in ("--set", f"sampler_kwargs.{setting}")]
+        return command("run", "-e", file, "--outdir", root, "--device=cpu", *options)
+
+    settings = ["fast=true", "fast_first_evaluations=4", "fast_warm_sigma=0.5", "fast_warm_evaluations=3"]
+    outcome = run(*settings)
+    assert outcome.status == 0, outcome.errors
+    assert set(seen) == {FastMode(4, 0.5, 3)}
+    outcome = run("fast=true", "fast_warm_evaluations=1")
+    assert outcome.status == 1 and "fast_warm_evaluations" in outcome.errors
+
+
+def test_quality_command_measures_every_setting(command, dataset, trained, tmp_path):
+    root = shutil.copytree(trained, tmp_path / "runs")
+    file = tiny.write_experiment(tmp_path / "policy.yaml", "td3_bc", dataset)
+    assert command("run", "-e", file, "--outdir", root, "--device=cpu").status == 0
+    grid = ["--first=4,3", "--warm=2", "--warm_sigma=0.3,1.5"]
+    outcome = command("sampler-quality", f"--outdir={root}", f"--dataset={dataset}", "--starts=5", "--device=cpu", *grid)
+    assert outcome.status == 0, outcome.errors
+    record = json.loads((root / "sampler-quality" / "quality.json").read_text())
+    lines = {line["setting"]: line for line in record["settings"]}
+    fast = [f"fast {first} + 2 from {sigma}" for first in (4, 3) for sigma in (0.3, 1.5)]
+    assert list(lines) == ["single-step", "Heun 34", "Heun 18", "Heun 10", *fast]
+    assert [line["evaluations"] for line in lines.values()] == [0, 134, 70, 38, 6, 6, 5, 5]
+    assert all(name in outcome.output for name in lines)
+    for quantity in ("state", "position"):
+        errors = [line["error"][quantity]["mean"] for line in lines.values()]
+        assert all(error > 0 for error in errors) and len(set(errors)) == len(errors)
+        assert lines["Heun 34"]["excess"][quantity]["mean"] == 0
+        difference = lines[fast[0]]["error"][quantity]["mean"] - lines["Heun 34"]["error"][quantity]["mean"]
+        assert lines[fast[0]]["excess"][quantity]["mean"] == pytest.approx(difference)
+    assert (root / "sampler-quality" / "quality.png").read_bytes().startswith(b"\x89PNG")

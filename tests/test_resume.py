@@ -148,7 +148,9 @@ def test_killed_run_ends_like_an_undisturbed_one(stage, dataset_folder, trained,
         run = disturbed.find_run()
         if not in_time:
             break
-        kept = read_log(run) if read_run(run)["status"] == "interrupted" else kept
+        if read_run(run)["status"] == "interrupted":
+            kept = read_log(run)
+            assert load_checkpoint(run / "state.safetensors", "training state")[1]["epoch"] == kept[-1]["epoch"]
     else:
         assert disturbed.finish() == run
     assert_equal_trees(products(run, stage), expected)

@@ -25,7 +25,7 @@ POLICY = {
     "rollout_batch_size": 12,
     "each_rollout_size": 8,
     "model_replay_buffer_size": 150,  # wraps within a run
-    "freq_saving": 2,
+    "freq_saving": 3,
 }
 
 

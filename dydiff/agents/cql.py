@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dydiff.agents.updates import descend, load_optimizer, make_adam, make_target, move_target
+from dydiff.agents.updates import Adam, make_target, move_target
 from dydiff.data.transitions import Transitions
 from dydiff.networks.ensemble import EnsembleMLP
 from dydiff.networks.policy import TanhGaussianPolicy
@@ -62,9 +62,9 @@ class CQL:
         self.critics = EnsembleMLP(2, observation_dim + action_dim, hidden_dims, 1, generator=generator).to(self.device)
         self.target_critics = make_target(self.critics)
         self.log_alpha = torch.tensor(math.log(alpha), device=self.device, requires_grad=True)
-        self.policy_optimizer = make_adam(self.policy.parameters(), policy_lr)
-        self.critic_optimizer = make_adam(self.critics.parameters(), qf_lr)
-        self.alpha_optimizer = make_adam([self.log_alpha], policy_lr)
+        self.policy_optimizer = Adam(self.policy.parameters(), policy_lr)
+        self.critic_optimizer = Adam(self.critics.parameters(), qf_lr)
+        self.alpha_optimizer = Adam([self.log_alpha], policy_lr)
         self.step = 0
 
     @torch.no_grad()
@@ -127,12 +127,12 @@ class CQL:
     def apply_update(self, batch: Transitions, noise: CQLNoise, variant: tuple[bool, ...]) -> dict[str, Tensor]:
         """The device work of one update, free of host synchronisation."""
         critic_loss, conservative, value = self.critic_loss(batch, noise)
-        descend(self.critic_optimizer, critic_loss.sum(), list(self.critics.parameters()))
+        self.critic_optimizer.descend(critic_loss.sum())
         policy_loss, log_prob = self.policy_loss(batch, noise)
-        descend(self.policy_optimizer, policy_loss, list(self.policy.parameters()))
+        self.policy_optimizer.descend(policy_loss)
         if self.auto_entropy:
             alpha_loss = -self.log_alpha * (log_prob.detach().mean() + self.target_entropy)
-            descend(self.alpha_optimizer, alpha_loss, [self.log_alpha])
+            self.alpha_optimizer.descend(alpha_loss)
         move_target(self.target_critics, self.critics, self.tau)
         return {
             "critic_loss": critic_loss.detach().sum(),
@@ -172,7 +172,7 @@ class CQL:
         with torch.no_grad():
             self.log_alpha.copy_(tree["log_alpha"])
         for name in ("policy_optimizer", "critic_optimizer", "alpha_optimizer"):
-            load_optimizer(getattr(self, name), tree[name])
+            getattr(self, name).load_state_dict(tree[name])
         self.step = tree["step"]
 
 

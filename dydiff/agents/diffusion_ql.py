@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dydiff.agents.diffusion_actor import DiffusionActor
-from dydiff.agents.updates import descend, load_optimizer, make_adam, make_target, move_target, set_learning_rate
+from dydiff.agents.updates import Adam, make_target, move_target
 from dydiff.data.transitions import Transitions
 from dydiff.errors import DydiffError
 from dydiff.networks.ensemble import EnsembleMLP
@@ -79,8 +79,8 @@ class DiffusionQL:
         self.critics = EnsembleMLP(2, observation_dim + action_dim, hidden_dims, 1, generator=generator).to(self.device)
         self.ema_actor = make_target(self.actor)
         self.target_critics = make_target(self.critics)
-        self.actor_optimizer = make_adam(self.actor.parameters(), lr)
-        self.critic_optimizer = make_adam(self.critics.parameters(), lr)
+        self.actor_optimizer = Adam(self.actor.parameters(), lr)
+        self.critic_optimizer = Adam(self.critics.parameters(), lr)
         self.step = 0
         self.epoch = 0
 
@@ -156,9 +156,9 @@ class DiffusionQL:
     def apply_update(self, batch: Transitions, noise: DiffusionQLNoise, variant: tuple[bool, ...]) -> dict[str, Tensor]:
         """The device work of one update, free of host synchronisation."""
         critic_loss, value = self.critic_loss(batch, noise)
-        critic_norm = descend(self.critic_optimizer, critic_loss.sum(), list(self.critics.parameters()), self.max_norm)
+        critic_norm = self.critic_optimizer.descend(critic_loss.sum(), self.max_norm)
         policy_loss, cloning, q_loss = self.policy_loss(batch, noise)
-        actor_norm = descend(self.actor_optimizer, policy_loss, list(self.actor.parameters()), self.max_norm)
+        actor_norm = self.actor_optimizer.descend(policy_loss, self.max_norm)
         (moves_ema,) = variant
         if moves_ema:
             move_target(self.ema_actor, self.actor, 1 - self.ema_decay)
@@ -184,8 +184,8 @@ class DiffusionQL:
         self.epoch += 1
         if self.lr_decay:
             lr = 0.5 * self.lr * (1 + math.cos(math.pi * min(self.epoch / self.num_epochs, 1.0)))
-            set_learning_rate(self.actor_optimizer, lr)
-            set_learning_rate(self.critic_optimizer, lr)
+            self.actor_optimizer.lr.fill_(lr)
+            self.critic_optimizer.lr.fill_(lr)
 
     def state_dict(self) -> dict:
         """Networks, targets, optimizers and counters (references, not copies)."""
@@ -204,8 +204,8 @@ class DiffusionQL:
         """Continue where `state_dict` was taken."""
         for name in ("actor", "critics", "ema_actor", "target_critics"):
             getattr(self, name).load_state_dict(tree[name])
-        load_optimizer(self.actor_optimizer, tree["actor_optimizer"])
-        load_optimizer(self.critic_optimizer, tree["critic_optimizer"])
+        self.actor_optimizer.load_state_dict(tree["actor_optimizer"])
+        self.critic_optimizer.load_state_dict(tree["critic_optimizer"])
         self.step = tree["step"]
         self.epoch = tree["epoch"]
 

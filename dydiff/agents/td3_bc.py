@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dydiff.agents.updates import descend, load_optimizer, make_adam, make_target, move_target
+from dydiff.agents.updates import Adam, make_target, move_target
 from dydiff.data.transitions import Transitions
 from dydiff.networks.ensemble import EnsembleMLP
 from dydiff.networks.policy import TanhGaussianPolicy
@@ -52,8 +52,8 @@ class TD3BC:
         self.critics = EnsembleMLP(2, observation_dim + action_dim, hidden_dims, 1, generator=generator).to(self.device)
         self.target_policy = make_target(self.policy)
         self.target_critics = make_target(self.critics)
-        self.policy_optimizer = make_adam(self.policy.parameters(), policy_lr)
-        self.critic_optimizer = make_adam(self.critics.parameters(), qf_lr)
+        self.policy_optimizer = Adam(self.policy.parameters(), policy_lr)
+        self.critic_optimizer = Adam(self.critics.parameters(), qf_lr)
         self.step = 0
 
     @torch.no_grad()
@@ -93,12 +93,12 @@ class TD3BC:
     def apply_update(self, batch: Transitions, noise: TD3BCNoise, variant: tuple[bool, ...]) -> dict[str, Tensor]:
         """The device work of one update, free of host synchronisation."""
         critic_loss, value = self.critic_loss(batch, noise)
-        descend(self.critic_optimizer, critic_loss.sum(), list(self.critics.parameters()))
+        self.critic_optimizer.descend(critic_loss.sum())
         log = {"critic_loss": critic_loss.detach().sum(), "q_mean": value.detach().mean()}
         (moves_policy,) = variant
         if moves_policy:
             policy_loss, cloning = self.policy_loss(batch, noise)
-            descend(self.policy_optimizer, policy_loss, list(self.policy.parameters()))
+            self.policy_optimizer.descend(policy_loss)
             move_target(self.target_policy, self.policy, self.tau)
             move_target(self.target_critics, self.critics, self.tau)
             log |= {"policy_loss": policy_loss.detach(), "cloning_loss": cloning.detach()}
@@ -129,6 +129,6 @@ class TD3BC:
         """Continue where `state_dict` was taken."""
         for name in ("policy", "critics", "target_policy", "target_critics"):
             getattr(self, name).load_state_dict(tree[name])
-        load_optimizer(self.policy_optimizer, tree["policy_optimizer"])
-        load_optimizer(self.critic_optimizer, tree["critic_optimizer"])
+        self.policy_optimizer.load_state_dict(tree["policy_optimizer"])
+        self.critic_optimizer.load_state_dict(tree["critic_optimizer"])
         self.step = tree["step"]

@@ -1,4 +1,4 @@
-"""Parts of an update that several agents share: target networks and optimizers whose state keeps its storage."""
+"""Parts of an update that several agents share: target networks, and an optimizer that is nothing but device work."""
 
 from __future__ import annotations
 
@@ -20,47 +20,75 @@ def move_target(target: nn.Module, source: nn.Module, rate: float) -> None:
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), rate)
 
 
-def make_adam(parameters: Iterable[Tensor], lr: float) -> torch.optim.Adam:
-    """Fused Adam; on a GPU the step count and the learning rate live there too, as CUDA graphs need."""
-    parameters = list(parameters)
-    device = parameters[0].device
-    if device.type == "cuda":
-        return torch.optim.Adam(parameters, lr=torch.tensor(lr, device=device), fused=True, capturable=True)
-    return torch.optim.Adam(parameters, lr=lr, fused=True)
+class Adam:
+    """Adam (arXiv 1412.6980; betas 0.9 and 0.999, eps 1e-8) as one fused kernel a step.
 
+    It computes what `torch.optim.Adam(fused=True)` does, whose bookkeeping costs tiny networks more than the kernel and keeps
+    an update from being compiled as a whole. All state is on the device and keeps its storage, as a captured graph needs.
+    """
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Change the learning rate where it lives: a captured graph reads the tensor."""
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
+    def __init__(self, parameters: Iterable[Tensor], lr: float):
+        self.parameters = list(parameters)
+        device = self.parameters[0].device
+        self.lr = torch.tensor(lr, device=device)
+        self.step = torch.zeros((), device=device)
+        self.mean = [torch.zeros_like(parameter) for parameter in self.parameters]
+        self.square = [torch.zeros_like(parameter) for parameter in self.parameters]
 
+    def descend(self, loss: Tensor, max_norm: float | None = None) -> Tensor | None:
+        """One step down `loss` in these parameters only: no other network gets a gradient. Returns the norm if clipped.
 
-def load_optimizer(optimizer: torch.optim.Optimizer, tree: dict) -> None:
-    """Load an optimizer's state in the form of this device, so that a GPU's checkpoint continues on a CPU and back."""
-    kept = [{key: group[key] for key in ("lr", "fused", "capturable")} for group in optimizer.param_groups]
-    optimizer.load_state_dict(tree)
-    for group, own in zip(optimizer.param_groups, kept, strict=True):
-        loaded_lr = float(group["lr"])
-        group.update(own)
-        if isinstance(own["lr"], Tensor):
-            own["lr"].fill_(loaded_lr)
-        else:
-            group["lr"] = loaded_lr
+        With `max_norm` the gradient of all parameters together is scaled down to that norm where it is longer.
+        """
+        gradients = torch.autograd.grad(loss, self.parameters)
+        with torch.no_grad():
+            norm = None
+            if max_norm is not None:
+                norm = torch.stack(torch._foreach_norm(gradients)).norm()
+                torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+            self.step += 1
+            if torch.compiler.is_compiling():
+                self._apply(gradients)
+            else:
+                self._fused(gradients)
+        return norm
 
+    def _fused(self, gradients):
+        steps = [self.step] * len(self.parameters)
+        torch._fused_adam_(
+            self.parameters,
+            gradients,
+            self.mean,
+            self.square,
+            [],
+            steps,
+            lr=self.lr,
+            beta1=0.9,
+            beta2=0.999,
+            weight_decay=0.0,
+            eps=1e-8,
+            amsgrad=False,
+            maximize=False,
+        )
 
-def descend(
-    optimizer: torch.optim.Optimizer, loss: Tensor, parameters: list[Tensor], max_norm: float | None = None
-) -> Tensor | None:
-    """One step down `loss` in `parameters` only: no other network gets a gradient. Returns the norm if clipped."""
-    gradients = torch.autograd.grad(loss, parameters)
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
-    norm = None
-    if max_norm is not None:
-        norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
-    optimizer.step()
-    optimizer.zero_grad()
-    return norm
+    def _apply(self, gradients):
+        torch._foreach_lerp_(self.mean, gradients, 0.1)
+        torch._foreach_mul_(self.square, 0.999)
+        torch._foreach_addcmul_(self.square, gradients, gradients, 0.001)
+        spread = torch._foreach_sqrt(self.square)
+        torch._foreach_div_(spread, (1 - 0.999**self.step).sqrt())
+        torch._foreach_add_(spread, 1e-8)
+        change = torch._foreach_div(self.mean, spread)
+        torch._foreach_mul_(change, -self.lr / (1 - 0.9**self.step))
+        torch._foreach_add_(self.parameters, change)
+
+    def state_dict(self) -> dict:
+        """Learning rate, step count and moments (references, not copies)."""
+        return {"lr": self.lr, "step": self.step, "mean": self.mean, "square": self.square}
+
+    def load_state_dict(self, tree: dict) -> None:
+        """Continue where `state_dict` was taken, on this or another device."""
+        for name, mine in self.state_dict().items():
+            pairs = [(mine, tree[name])] if isinstance(mine, Tensor) else zip(mine, tree[name], strict=True)
+            for tensor, loaded in pairs:
+                tensor.copy_(loaded)

@@ -1,7 +1,9 @@
 """Offline data: D4RL files, transitions, windows, the three spaces."""
 
 from dydiff.data.d4rl import dataset_path, dataset_url, environment_of, max_episode_steps, normalized_score
-from dydiff.data.dataset import COLLECTOR, Dataset, dataset_from_arrays, load_dataset
+from dydiff.data.dataset import COLLECTOR, Dataset, dataset_from_arrays
+from dydiff.data.download import download_dataset
+from dydiff.data.sources import RawDataset, load_dataset, read_dataset
 from dydiff.data.spaces import Limits, Spaces, ZScore
 from dydiff.data.transitions import Transitions, make_transitions
 from dydiff.data.windows import PADDING, Windows, find_windows
@@ -12,6 +14,7 @@ __all__ = [
     "PADDING",
     "Dataset",
     "Limits",
+    "RawDataset",
     "Spaces",
     "Transitions",
     "Windows",
@@ -19,11 +22,13 @@ __all__ = [
     "dataset_from_arrays",
     "dataset_path",
     "dataset_url",
+    "download_dataset",
     "environment_of",
     "find_windows",
     "load_dataset",
     "make_transitions",
     "max_episode_steps",
     "normalized_score",
+    "read_dataset",
     "write_dataset",
 ]

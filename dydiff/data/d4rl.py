@@ -11,6 +11,7 @@ from dydiff.environments import MAZE_EPISODE_STEPS, environment_name
 from dydiff.errors import DydiffError
 
 BASE_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
+URL_VARIABLE = "DYDIFF_D4RL_URL"
 CACHE_VARIABLE = "D4RL_DATASET_DIR"
 LOCAL_SUFFIX = "-local"
 
@@ -84,7 +85,7 @@ def _antmaze_files() -> dict[str, str]:
     return files
 
 
-# Address of every known dataset below BASE_URL.
+# Address of every known dataset below BASE_URL or its mirror.
 FILES = {**_locomotion_files(), **_maze2d_files(), **_antmaze_files()}
 NAMES_BY_FILE = {address.rsplit("/", 1)[-1]: name for name, address in FILES.items()}
 
@@ -101,8 +102,14 @@ def is_local_name(name: str) -> bool:
 
 
 def dataset_url(name: str) -> str:
-    """Return the address that D4RL published the dataset `name` under; KeyError for any other name."""
-    return BASE_URL + FILES[name]
+    """Return the address of the dataset `name`: where D4RL published it, or below `$DYDIFF_D4RL_URL`.
+
+    KeyError for a name that is not D4RL's; DydiffError for a variable that is no http address.
+    """
+    base = os.environ.get(URL_VARIABLE) or BASE_URL
+    if not base.startswith(("http://", "https://")):
+        raise DydiffError(f"{URL_VARIABLE} must be an address that starts with http:// or https://, not {base!r}.")
+    return f"{base.rstrip('/')}/{FILES[name]}"
 
 
 def cache_folder() -> Path:

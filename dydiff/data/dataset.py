@@ -1,28 +1,23 @@
-"""Read an offline dataset in D4RL's schema, whole, checked, and as float32."""
+"""An offline dataset in D4RL's schema: whole, checked, and as float32."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import h5py
 import numpy as np
 
 from dydiff.data import d4rl
+from dydiff.data.files import Scalar
+from dydiff.environments import D4RL_COMPAT, ENVIRONMENTS
 from dydiff.errors import DydiffError
 
 REQUIRED = ("observations", "actions", "rewards", "terminals")
 OPTIONAL = ("timeouts", "next_observations")
-HDF5_SUFFIXES = (".hdf5", ".h5")
 COLLECTOR = "dydiff collect"  # `metadata/source` of the files that the local collector writes
-
-Scalar = str | int | float | bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +53,19 @@ class Dataset:
         stated = str(self.metadata.get("environment", ""))
         return d4rl.environment_of(stated or self.name) or stated or None
 
+    @property
+    def backend(self) -> str | None:
+        """The simulator to evaluate on unless another is asked for: the one that made the data, as far as that is known.
+
+        What a file says of itself, or d4rl-compat for D4RL's locomotion names: their scores are compared with those of
+        others, and today's stock MuJoCo moves them by half. None where nothing is known.
+        """
+        spec = ENVIRONMENTS.get(self.environment or "")
+        stated = self.metadata.get("backend")
+        if spec is not None and stated in spec.backends:
+            return stated
+        return D4RL_COMPAT if spec is not None and d4rl.is_d4rl_name(self.name) and D4RL_COMPAT in spec.backends else None
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of the names, shapes and bytes of all arrays: equal data, equal fingerprint."""
@@ -68,33 +76,6 @@ class Dataset:
                 digest.update(f"{key} {values.dtype} {values.shape};".encode())
                 digest.update(np.ascontiguousarray(values).data)
         return digest.hexdigest()
-
-
-def load_dataset(name_or_path: str | Path) -> Dataset:
-    """Load a dataset by its D4RL name, its "-local" name, or the path of a .hdf5, .h5 or .npz file.
-
-    Names are looked up in `$D4RL_DATASET_DIR` (else `~/.d4rl/datasets`). Raises DydiffError for an unknown name, a
-    file that is missing, broken or not in D4RL's schema, and for locally collected data under a D4RL name.
-    """
-    text = str(name_or_path)
-    suffix = Path(text).suffix.lower()
-    if suffix == ".npz" or suffix in HDF5_SUFFIXES:
-        path = Path(text).expanduser()
-        if not path.is_file():
-            raise DydiffError(f"There is no dataset file {str(path)!r}. Check the path, or give the name of a dataset.")
-        arrays, metadata = _read_npz(path) if suffix == ".npz" else _read_hdf5(path)
-        # The suffix stays in the name, so that a file can never pass for the D4RL dataset that it may be named after.
-        return dataset_from_arrays(arrays, path.name, path, metadata)
-    path = d4rl.dataset_path(text)
-    if not path.is_file():
-        raise DydiffError(_describe_missing(text, path))
-    arrays, metadata = _read_hdf5(path)
-    if d4rl.is_d4rl_name(text) and metadata.get("source") == COLLECTOR:
-        raise DydiffError(
-            f"{str(path)!r} was made by `{COLLECTOR}`, so it is not the D4RL dataset {text!r}: its scores could not be "
-            f"compared with anybody's. Download {d4rl.dataset_url(text)} in its place, or load the file by its path."
-        )
-    return dataset_from_arrays(arrays, text, path, metadata)
 
 
 def dataset_from_arrays(
@@ -144,81 +125,6 @@ def dataset_from_arrays(
             "the two must agree."
         )
     return Dataset(name=name, path=path, metadata=dict(metadata or {}), **checked)
-
-
-def _describe_missing(name: str, path: Path) -> str:
-    if d4rl.is_d4rl_name(name):
-        remedy = f"Download {d4rl.dataset_url(name)} into that folder"
-    else:
-        remedy = f"Make it with `{COLLECTOR} {name}`"
-    return (
-        f"The dataset {name!r} is not on this machine: there is no file {path.name!r} in {str(path.parent)!r}. "
-        f"{remedy}, set the environment variable {d4rl.CACHE_VARIABLE} to the folder that holds it, or give the path "
-        "of a .hdf5, .h5 or .npz file instead of a name."
-    )
-
-
-def _read_hdf5(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Scalar]]:
-    if not os.access(path, os.R_OK):
-        raise DydiffError(f"{str(path)!r} may not be read by this user. Change its permissions or its owner.")
-    if not h5py.is_hdf5(path):
-        raise DydiffError(
-            f"{str(path)!r} is not an HDF5 file. A broken download often leaves a web page under that name: look into "
-            "it and get the file again."
-        )
-    arrays: dict[str, np.ndarray] = {}
-    metadata: dict[str, Scalar] = {}
-    try:
-        with h5py.File(path, "r") as file:
-            for key, node in file.items():
-                if isinstance(node, h5py.Dataset):
-                    # Only what is used is read: the keys of the others are wanted for messages alone.
-                    arrays[key] = node[()] if key in REQUIRED + OPTIONAL else np.empty(0)
-            if isinstance(file.get("metadata"), h5py.Group):
-                file["metadata"].visititems(lambda key, node: _collect_scalar(metadata, key, node))
-    except (OSError, RuntimeError, KeyError) as error:
-        raise DydiffError(
-            f"{str(path)!r} cannot be read: it is truncated or damaged (HDF5 says: {error}). Get the file again."
-        ) from error
-    return arrays, metadata
-
-
-def _collect_scalar(metadata: dict[str, Scalar], key: str, node: h5py.Dataset | h5py.Group) -> None:
-    """Keep a node that is one number or one text; D4RL also stores whole policies under `metadata`."""
-    if isinstance(node, h5py.Dataset) and node.shape == ():
-        _keep_scalar(metadata, key, node[()])
-
-
-def _keep_scalar(metadata: dict[str, Scalar], key: str, value: object) -> None:
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", errors="replace")
-    if isinstance(value, Scalar):
-        metadata[key] = value
-
-
-def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Scalar]]:
-    arrays: dict[str, np.ndarray] = {}
-    metadata: dict[str, Scalar] = {}
-    try:
-        file = np.load(path, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise ValueError("it holds a single array without a name")
-        with file:
-            for key in file.files:
-                if key.startswith("metadata/"):
-                    value = file[key]
-                    if value.shape == ():
-                        _keep_scalar(metadata, key.removeprefix("metadata/"), value[()])
-                else:
-                    arrays[key] = file[key] if key in REQUIRED + OPTIONAL else np.empty(0)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DydiffError(
-            f"{str(path)!r} cannot be read as a NumPy archive of plain arrays ({error}). Write it with numpy.savez, "
-            "without object arrays, or get it again."
-        ) from error
-    return arrays, metadata
 
 
 def _to_matrix(values: np.ndarray, key: str, where: str) -> np.ndarray:

@@ -10,16 +10,18 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from dydiff.data.dataset import Scalar, dataset_from_arrays
+from dydiff.data.dataset import dataset_from_arrays
+from dydiff.data.files import METADATA, Scalar
 from dydiff.errors import DydiffError
 
 
 def write_dataset(path: str | Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Scalar]) -> Path:
-    """Write arrays and metadata to a gzip-compressed HDF5 file in D4RL's flat schema, whole or not at all.
+    """Write arrays and metadata to a compressed HDF5 file, or NumPy archive, in D4RL's flat schema, whole or not at all.
 
     arrays: observations [N, O], actions [N, A], rewards [N], terminals [N] and any of timeouts [N],
     next_observations [N, O], infos/qpos [N, ...], infos/qvel [N, ...]; each keeps its dtype. metadata: one text or
-    number per key, stored as a scalar under `metadata/`. Folders are made. Returns the path.
+    number per key, stored as a scalar under `metadata/`. A path that ends in .npz gives an archive. Folders are made. Returns
+    the path.
     Raises DydiffError for arrays that `load_dataset` would refuse and where the file cannot be written.
     """
     path = Path(path).expanduser()
@@ -28,11 +30,8 @@ def write_dataset(path: str | Path, arrays: Mapping[str, np.ndarray], metadata: 
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with h5py.File(part, "w") as file:
-            for key, values in arrays.items():
-                file.create_dataset(key, data=values, compression="gzip")
-            for key, value in metadata.items():
-                file[f"metadata/{key}"] = value
+        write = _write_npz if path.suffix.lower() == ".npz" else _write_hdf5
+        write(part, arrays, {f"{METADATA}{key}": value for key, value in metadata.items()})
         _flush(part)
         os.replace(part, path)
         _flush(path.parent)
@@ -42,6 +41,19 @@ def write_dataset(path: str | Path, arrays: Mapping[str, np.ndarray], metadata: 
         with contextlib.suppress(OSError):  # where the folder itself is at fault, so is this
             part.unlink()
     return path
+
+
+def _write_hdf5(path: Path, arrays: Mapping[str, np.ndarray], scalars: Mapping[str, Scalar]) -> None:
+    with h5py.File(path, "w") as file:
+        for key, values in arrays.items():
+            file.create_dataset(key, data=values, compression="gzip" if np.ndim(values) else None)
+        for key, value in scalars.items():
+            file[key] = value
+
+
+def _write_npz(path: Path, arrays: Mapping[str, np.ndarray], scalars: Mapping[str, Scalar]) -> None:
+    with path.open("wb") as file:
+        np.savez_compressed(file, **arrays, **scalars)
 
 
 def _flush(path: Path) -> None:

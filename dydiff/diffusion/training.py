@@ -93,11 +93,12 @@ class DiffusionTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         generator, device = self.generator, self.windows.device
         mean = torch.zeros((), device=device)
+        # Drawn for the whole batch, so that splitting it changes nothing.
         index = torch.randint(len(self.windows), (self.batch_size,), generator=generator, device=device)
-        for part in index.split(self.micro_batch):
-            clean = self.windows.gather(part)  # [B, H, D]
-            noise = torch.randn(clean.shape, generator=generator, device=device)
-            sigma = draw_sigma(len(part), generator)
+        sigmas = draw_sigma(self.batch_size, generator)
+        noises = torch.randn(self.batch_size, self.windows.horizon, self.windows.dim, generator=generator, device=device)
+        for rows, sigma, noise in zip(*(values.split(self.micro_batch) for values in (index, sigmas, noises)), strict=True):
+            clean = self.windows.gather(rows)  # [B, H, D]
             loss = edm_loss(self.denoiser, clean, sigma, noise, self.use_cond, self.cond_on_action)
             (loss.sum() / self.batch_size).backward()
             mean += loss.detach().sum() / (self.batch_size * clean[0].numel())

@@ -1,0 +1,118 @@
+"""Measures every tile of launch.py on this card and keeps the fastest for each class of shapes.
+
+`python -m dydiff.kernels.tune` runs the default U-Net at a full and at a small batch, times each convolution with each tile
+that may serve it, and writes launch_table.json beside this file (or to --save); entries of other families of cards stay.
+Compiling all variants takes minutes the first time. Nothing else ever tunes: without a table, launch.py's rule decides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+from dydiff.errors import DydiffError
+from dydiff.kernels.convolution import Form, convolve
+from dydiff.kernels.fused_block import fuse_block, worth
+from dydiff.kernels.launch import TABLE, TILES, Launch, Tile, family, fits_card, read_table, shape_class, suits
+from dydiff.kernels.layout import Activation
+from dydiff.kernels.packing import ConvBlock, Convolution, Residual
+from dydiff.kernels.unet_triton import TwoPassBlocks, why_unavailable
+
+Times = dict[str, dict[Tile, float]]  # class of shapes -> tile -> milliseconds, summed over the layers of that class
+
+
+class TimedBlocks(TwoPassBlocks):
+    """The two-pass backend, which on its way times every tile for every convolution and for every fused block."""
+
+    def __init__(
+        self,
+        measure: Callable[[Launch], float],
+        capability: int | None = None,
+        execute: Callable[[Launch], None] = Launch.run,
+    ):
+        super().__init__(capability=capability, execute=execute)
+        self.measure = measure
+        self.times: Times = defaultdict(lambda: defaultdict(float))
+
+    def conv_block(
+        self,
+        sources: tuple[Activation, ...],
+        block: ConvBlock,
+        time: Tensor | None = None,
+        residual: Residual | None = None,
+    ) -> Activation:
+        self.time_convolution(sources, block.convolution, Form(statistics=True))
+        x, columns, capability = sources[0], len(block.scale), self.capability_of(sources[0])
+        name, out = shape_class("block", x.batch * x.length, columns, x.length), x.empty(x.length, columns)
+        for tile in TILES[family(capability)]["block"]:
+            if worth(tile, x.length, columns):
+                launch = fuse_block(sources, block, out, capability, time, residual, fits_card(tile, capability))
+                self.times[name][tile] += self.measure(launch)
+        return super().conv_block(sources, block, time, residual)
+
+    def convolve(self, sources: tuple[Activation, ...], convolution: Convolution, form: Form) -> Tensor | Activation:
+        self.time_convolution(sources, convolution, form)
+        return super().convolve(sources, convolution, form)
+
+    def time_convolution(self, sources: tuple[Activation, ...], convolution: Convolution, form: Form) -> None:
+        x, columns, capability = sources[0], len(convolution.bias), self.capability_of(sources[0])
+        length = -(-x.length // form.stride)
+        name = shape_class("conv", x.batch * length, columns, length)
+        for tile in TILES[family(capability)]["conv"]:
+            if suits(tile, columns):
+                launch, _, _ = convolve(sources, convolution, capability, form, fits_card(tile, capability))
+                self.times[name][tile] += self.measure(launch)
+
+
+def measure(launch: Launch) -> float:
+    """Median milliseconds with a cold L2 cache."""
+    return triton.testing.do_bench(launch.run, warmup=5, rep=20, return_mode="median")
+
+
+def fastest(times: Times) -> dict[str, str]:
+    return {name: " ".join(map(str, min(tiles, key=tiles.__getitem__))) for name, tiles in sorted(times.items())}
+
+
+def save(choices: dict[str, str], name: str, path: Path) -> None:
+    """Write the choices of one family of cards into the table."""
+    table = {**read_table(path), name: choices}
+    path.write_text(json.dumps(table, indent=2) + "\n")
+    read_table.cache_clear()
+
+
+def main() -> None:
+    from dydiff.networks.fused_unet import FusedUNet
+    from dydiff.networks.unet import UNet
+
+    parser = argparse.ArgumentParser(prog="python -m dydiff.kernels.tune", description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, nargs="+", default=[2048, 32], help="batch sizes to measure (default: 2048 32)")
+    parser.add_argument("--horizon", type=int, default=100)
+    parser.add_argument("--save", type=Path, default=TABLE, help="where to write the table (default: where it is read)")
+    arguments = parser.parse_args()
+    if reason := why_unavailable("cuda"):
+        raise DydiffError(reason)
+
+    blocks = TimedBlocks(measure)
+    unet = UNet(14, arguments.horizon).cuda().eval()
+    fused = FusedUNet(unet, blocks)
+    time_biases = fused.time_table(torch.zeros(1, device="cuda"))[0]
+    for batch in arguments.batch:
+        fused(torch.randn(batch, arguments.horizon, 14, device="cuda"), time_biases)
+    for name, tiles in sorted(blocks.times.items()):
+        print(name)
+        for tile, milliseconds in sorted(tiles.items(), key=lambda item: item[1]):
+            print(f"    {tile}  {milliseconds:.3f} ms")
+    major, minor = torch.cuda.get_device_capability()
+    save(fastest(blocks.times), family(10 * major + minor), arguments.save)
+    print(f"{torch.cuda.get_device_name()}: wrote {arguments.save}")
+
+
+if __name__ == "__main__":
+    main()

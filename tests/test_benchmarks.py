@@ -1,0 +1,144 @@
+"""The benchmarks on a tiny network: what they compute is right, a wrong variant stops them, and their records are complete."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import harness  # noqa: E402 - the folder is not a package, and must be found first
+import rollout_speed  # noqa: E402
+from harness import BenchmarkError, Case, Measurement, Patience, Variant, check_output, make_lines, race  # noqa: E402
+from results import table_rows  # noqa: E402
+from workload import Ours, Published, Shape, Stock, Workload  # noqa: E402
+
+from dydiff.diffusion.fast_sampler import FastMode  # noqa: E402
+
+TINY = Shape(batch=3, horizon=8, dim=16, dim_mults=(1, 2))
+OPTIONS = "--device=cpu --batch=3 --horizon=8 --dim=16 --dim-mults=1,2".split()
+PROMISED = "case variant device dtype batch horizon evaluations median_s speedup tflops peak_bytes commit".split()
+
+
+@pytest.fixture(scope="module")
+def work() -> Workload:
+    return Workload(TINY, "cpu", num_steps=4, sampler_steps=3)
+
+
+def relative_error(ours: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((ours.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.mark.parametrize("case", rollout_speed.CASES)
+@torch.no_grad()
+def test_every_variant_computes_the_same(work, case):
+    expected = getattr(Ours(work, "reference"), case)()
+    assert relative_error(getattr(Published(work), case)(), expected) < 1e-4
+    assert relative_error(getattr(Stock(work, compile=False), case)(), expected) < (0.04 if case == "evaluation" else 0.02)
+    assert relative_error(getattr(Ours(work, "auto"), case)(), expected) < 0.1  # another noise would be off by about 1
+    fast = getattr(Ours(work, "reference", FastMode(4, 0.8, 3)), case)()
+    assert fast.shape == expected.shape and fast.isfinite().all()
+
+
+def test_flops_of_the_full_network():
+    """SPEC's network: 3.21 GFLOP a trajectory at H = 100; they scale with the batch and with the evaluations."""
+    counts = rollout_speed.Counts(Shape(1, 100, 128, (1, 4, 8)))
+    assert counts.evaluation == pytest.approx(3.21e9, rel=2e-3)
+    runner = Ours(Workload(TINY, "cpu"), "reference")
+    assert counts.of(runner, "sampler") == 3 * 67 * counts.evaluation
+    assert counts.of(runner, "rollout") == 3 * (134 * counts.evaluation + counts.start)
+    assert runner.evaluations("rollout") == 134
+    assert Ours(runner.work, "reference", FastMode(20, 0.8, 7)).evaluations("rollout") == 27
+
+
+def make_variant(name: str, value: float, trusted=None, dtype: str = "bfloat16") -> Variant:
+    def run() -> torch.Tensor:
+        return torch.full((4,), value)
+
+    return Variant(name, dtype, run, trusted or run, evaluations=1, flops=1e6)
+
+
+@pytest.mark.parametrize("value", [1.03, float("nan")])
+def test_a_wrong_variant_stops_the_race(value):
+    reference = make_variant("reference", 1.0)
+    good = make_variant("published", 1.01, reference.run)
+    assert race(Case("case", 1, 1, [good, reference]), Patience(0, 3))[0].error == pytest.approx(0.01, rel=1e-3)
+    with pytest.raises(BenchmarkError, match="'bad'"):
+        race(Case("case", 1, 1, [good, make_variant("bad", value, reference.run), reference]), Patience(0, 3))
+    with pytest.raises(BenchmarkError, match="instead of"):
+        check_output(good, torch.ones(3), torch.ones(4))
+
+
+def test_variants_are_timed_in_turn():
+    order = []
+
+    def recorder(name: str):
+        return lambda: order.append(name) or torch.ones(1)
+
+    variants = [Variant(name, "float32", recorder(name), torch.ones, 1, 1.0) for name in "abc"]
+    for variant in variants:
+        variant.trusted = variant.run
+    measured = race(Case("case", 1, 1, variants), Patience(seconds=0, least=4))
+    assert [len(each.seconds) for each in measured] == [4, 4, 4]
+    turns = ["".join(order[i : i + 3]) for i in range(3, len(order), 3)]  # behind the checked runs
+    assert turns == ["abc", "bca", "cab", "abc"]
+    order.clear()
+    race(Case("case", 1, 1, variants), Patience(seconds=0, least=1, warm_up=True))
+    assert "".join(order) == "aabbccabc"
+    once = race(Case("case", 1, 1, variants), Patience(seconds=-1, least=4, reuse=True))
+    assert [len(each.seconds) for each in once] == [1, 1, 1]  # the checked run counts where one is too long to repeat
+
+
+def test_lines_and_table():
+    slow, quick = make_variant("published", 1.0), make_variant("ours", 1.0)
+    case = Case("case", 2, 8, [slow, quick], "shortened")
+    measured = [Measurement(slow, 0.0, [3.0, 1.0, 2.0]), Measurement(quick, 1e-3, [0.5])]
+    lines = make_lines(case, measured, harness.describe_machine("cpu"), {"bfloat16": 1e12}, {"ours": 2**20})
+    assert all(key in line for line in lines for key in PROMISED)
+    assert [line["speedup"] for line in lines] == [1.0, 4.0]
+    assert [line["repeats"] for line in lines] == [3, 1]
+    assert lines[0]["tflops"] == pytest.approx(0.5e-6) and lines[0]["peak_bytes"] is None
+    text = table_rows(lines)
+    assert "4.00x" in text and "shortened" in text and "1 MiB" in text
+    assert make_lines(case, measured[1:], {}, {"bfloat16": 1e12}, {})[0]["speedup"] is None
+
+
+def test_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(rollout_speed, "measure_matrix_rate", lambda dtype, device: 1e9)
+    measure = rollout_speed.measure_peak  # in a process of its own, which takes a while to start: once is enough
+    monkeypatch.setattr(rollout_speed, "measure_peak", lambda label, *rest: measure(label, *rest) if label == "fast" else 0)
+    file, picture = tmp_path / "speed.jsonl", tmp_path / "speed.png"
+    variants = "--variants=published,reference,fast"
+    status = rollout_speed.main([*OPTIONS, "--quick", "--seconds=0.05", variants, f"--json={file}", f"--plot={picture}"])
+    output = capsys.readouterr()
+    assert status == 0, output.err
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    found = {(line["case"], line["variant"]): line for line in lines}
+    both = ("published", "reference")
+    expected = [(case, variant) for case in rollout_speed.CASES for variant in both] + [("rollout", "fast")]
+    assert set(found) == set(expected) and len(lines) == len(expected)
+    assert all(key in line for line in lines for key in PROMISED)
+    evaluations = {key: line["evaluations"] for key, line in found.items()}
+    assert evaluations["rollout", "published"] == 134 and evaluations["rollout", "fast"] == 27
+    assert evaluations["sampler", "reference"] == 9 and "5 of 34 steps" in found["sampler", "reference"]["note"]
+    assert found["rollout", "fast"]["peak_bytes"] > 0
+    assert found["rollout", "published"]["speedup"] == 1
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "rollout, batch 3, horizon 8" in output.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--variants=publisht"], "publisht"), (["--variants=published", "--device=cuda:99"], "cuda:99")],
+)
+def test_mistakes_are_told(arguments, message, capsys):
+    assert rollout_speed.main([*OPTIONS, *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_matrix_rate_is_a_rate():
+    assert 1e8 < harness.measure_matrix_rate("float32", "cpu", size=128, seconds=0.01) < 1e14

@@ -1,0 +1,347 @@
+"""EDM preconditioning, loss, sampler and training against known answers."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dydiff.data import Dataset, Limits, Windows
+from dydiff.diffusion import training
+from dydiff.diffusion.edm import Denoiser, draw_sigma, edm_loss, precondition
+from dydiff.diffusion.sampler import sample_edm
+from dydiff.diffusion.training import DiffusionTrainer
+from dydiff.errors import DydiffError
+from dydiff.kernels import edm
+from dydiff.networks import build_trajectory_network
+
+HORIZON, OBSERVATION_DIM, ACTION_DIM = 4, 2, 1
+DATA_DIM = OBSERVATION_DIM + ACTION_DIM
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=generator(seed))
+
+
+def drawer(seed: int = 0):
+    source = generator(seed)
+    return lambda shape: torch.randn(shape, generator=source)
+
+
+def make_denoiser(seed: int = 0) -> Denoiser:
+    torch.manual_seed(seed)
+    return Denoiser(build_trajectory_network("MLP_RL", DATA_DIM, HORIZON, dim=16), OBSERVATION_DIM)
+
+
+class Recorder(nn.Module):
+    """A network that answers 0 and remembers its inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.inputs: list[Tensor] = []
+        self.labels: list[Tensor] = []
+
+    def forward(self, x: Tensor, noise_label: Tensor) -> Tensor:
+        self.inputs.append(x.clone())
+        self.labels.append(noise_label.clone())
+        return torch.zeros_like(x)
+
+
+class GaussianNetwork(nn.Module):
+    """The raw network that makes the denoiser ideal for independent data N(mean, std^2), column by column."""
+
+    def __init__(self, mean: Tensor, std: Tensor):
+        super().__init__()
+        self.mean, self.std = mean, std
+
+    def forward(self, model_input: Tensor, noise_label: Tensor) -> Tensor:
+        sigma = (4 * noise_label).exp()[:, None, None]
+        c_skip, c_out, c_in, _ = precondition(sigma, 0.5)
+        x = model_input / c_in
+        denoised = (self.std**2 * x + sigma**2 * self.mean) / (self.std**2 + sigma**2)
+        return (denoised - c_skip * x) / c_out
+
+
+# Preconditioning and loss
+
+
+def test_preconditioning_at_the_ends_and_in_the_middle():
+    c_skip, c_out, c_in, c_noise = precondition(torch.tensor([1e-6, 0.5, 1e6], dtype=torch.float64), 0.5)
+    one = torch.ones(3, dtype=torch.float64)
+    torch.testing.assert_close(c_skip, torch.tensor([1.0, 0.5, 0.25e-12], dtype=torch.float64), rtol=1e-6, atol=0)
+    torch.testing.assert_close(c_out, torch.tensor([1e-6, 0.125**0.5, 0.5], dtype=torch.float64), rtol=1e-6, atol=0)
+    torch.testing.assert_close(c_in, torch.tensor([2.0, 2**0.5, 1e-6], dtype=torch.float64), rtol=1e-6, atol=0)
+    torch.testing.assert_close(c_noise, torch.tensor([1e-6, 0.5, 1e6], dtype=torch.float64).log() / 4)
+    # Network input and target have unit variance for data of variance sigma_data^2 (arXiv 2206.00364, B.6).
+    sigma = torch.tensor([1e-6, 0.5, 1e6], dtype=torch.float64)
+    torch.testing.assert_close(c_in**2 * (sigma**2 + 0.25), one)
+    torch.testing.assert_close(((1 - c_skip) ** 2 * 0.25 + c_skip**2 * sigma**2) / c_out**2, one)
+
+
+def test_training_noise_levels_are_log_normal():
+    log = draw_sigma(20_000, generator()).log()
+    assert abs(float(log.mean()) + 1.2) < 0.04 and abs(float(log.std()) - 1.2) < 0.03
+
+
+@pytest.mark.parametrize("use_cond", [True, False])
+@pytest.mark.parametrize("cond_on_action", [True, False])
+def test_loss_against_a_loop(use_cond, cond_on_action):
+    denoiser, clean, noise = make_denoiser(), normal(3, HORIZON, DATA_DIM), normal(3, HORIZON, DATA_DIM, seed=1)
+    sigma = torch.tensor([0.01, 0.3, 5.0])
+    expected = torch.empty_like(clean)
+    for b in range(3):
+        level = float(sigma[b])
+        noisy = clean[b] + level * noise[b]
+        for h in range(HORIZON):
+            for d in range(DATA_DIM):
+                if (use_cond and h == 0 and d < OBSERVATION_DIM) or (cond_on_action and d >= OBSERVATION_DIM):
+                    noisy[h, d] = clean[b, h, d]
+        root = math.sqrt(level**2 + 0.25)
+        output = denoiser.network(noisy[None] / root, torch.tensor([math.log(level) / 4]))[0]
+        denoised = 0.25 / root**2 * noisy + level * 0.5 / root * output
+        expected[b] = (level**2 + 0.25) / (level * 0.5) ** 2 * (denoised - clean[b]) ** 2
+    loss = edm_loss(denoiser, clean, sigma, noise, use_cond, cond_on_action)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_conditioning_is_shown_clean_and_the_rest_is_not():
+    denoiser = Denoiser(Recorder(), OBSERVATION_DIM)
+    clean, sigma = normal(5, HORIZON, DATA_DIM), torch.full((5,), 2.0)
+    edm_loss(denoiser, clean, sigma, normal(5, HORIZON, DATA_DIM, seed=1))
+    (shown,) = denoiser.network.inputs
+    shown = shown * math.sqrt(4 + 0.25)
+    given = torch.zeros(HORIZON, DATA_DIM, dtype=torch.bool)
+    given[0, :OBSERVATION_DIM] = given[:, OBSERVATION_DIM:] = True
+    torch.testing.assert_close(shown[:, given], clean[:, given])
+    assert ((shown - clean)[:, ~given].abs() > 1e-3).all()
+
+
+def test_the_ideal_denoiser_has_the_least_loss():
+    """Among the loss's stationary points is E[clean | noisy]: no scaling of the ideal network does better."""
+    mean, std = torch.tensor(0.3), torch.tensor(0.2)
+    clean = mean + std * normal(20_000, 1, 1)
+    sigma, noise = draw_sigma(20_000, generator(1)), normal(20_000, 1, 1, seed=2)
+
+    def loss_of(shift: float) -> float:
+        denoiser = Denoiser(GaussianNetwork(mean + shift, std), 1)
+        return float(edm_loss(denoiser, clean, sigma, noise, use_cond=False, cond_on_action=False).mean())
+
+    assert loss_of(0.0) < min(loss_of(0.1), loss_of(-0.1))
+
+
+# Sampler
+
+
+@pytest.mark.parametrize("num_steps, tolerance", [(34, 0.08), (256, 0.03)])
+def test_sampler_reproduces_a_gaussian(num_steps, tolerance):
+    mean, std = torch.tensor([0.5, -0.8, 0.0]), torch.tensor([0.1, 0.5, 1.0])
+    count = 4096
+    samples = sample_edm(Denoiser(GaussianNetwork(mean, std), 2), (count, 2, 3), drawer(), num_steps=num_steps)
+    samples = samples.flatten(0, 1)
+    assert ((samples.mean(dim=0) - mean).abs() < 5 * std / math.sqrt(2 * count)).all()
+    assert ((samples.std(dim=0) / std - 1).abs() < tolerance).all()
+    correlation = torch.corrcoef(samples.T)
+    assert (correlation - torch.eye(3)).abs().max() < 0.06
+
+
+def test_sampler_without_churn_follows_the_exact_flow():
+    """With the ideal denoiser the probability flow ends at mean + (x_T - mean) std / sqrt(std^2 + sigma_max^2)."""
+    mean, std = torch.tensor([0.5, -0.8]), torch.tensor([0.3, 1.0])
+    denoiser = Denoiser(GaussianNetwork(mean, std), 2)
+    start = 80 * normal(64, 3, 2)
+    exact = mean + (start - mean) * std / (std**2 + 80**2).sqrt()
+    errors = []
+    for num_steps in (64, 128):
+        samples = sample_edm(denoiser, (64, 3, 2), drawer(), num_steps=num_steps, s_churn=0.0)
+        errors.append(float((samples - exact).abs().max()))
+    assert errors[1] < 5e-3 and errors[0] / errors[1] > 3.5, "Heun's method is of second order"
+
+
+def test_sampler_overwrites_what_is_given_and_only_that():
+    first, actions = normal(5, OBSERVATION_DIM, seed=3), normal(5, HORIZON, ACTION_DIM, seed=4)
+    settings = {"denoiser": make_denoiser(), "shape": (5, HORIZON, DATA_DIM), "num_steps": 3}
+    samples = sample_edm(draw=drawer(), first_observation=first, actions=actions, **settings)
+    assert torch.equal(samples[:, 0, :OBSERVATION_DIM], first) and torch.equal(samples[..., OBSERVATION_DIM:], actions)
+    free = sample_edm(draw=drawer(), **settings)
+    assert not torch.isclose(free[:, 0, :OBSERVATION_DIM], first).any()
+    assert not torch.isclose(free[..., OBSERVATION_DIM:], actions).any()
+    assert samples[:, 1:, :OBSERVATION_DIM].isfinite().all() and not torch.isclose(samples, free).all(dim=-1).any()
+
+
+@pytest.mark.parametrize("num_steps", [2, 5, 34])
+def test_number_of_network_evaluations_and_draws(num_steps):
+    denoiser, draws = Denoiser(Recorder(), OBSERVATION_DIM), []
+
+    def draw(shape):
+        draws.append(tuple(shape))
+        return torch.zeros(shape)
+
+    sample_edm(denoiser, (2, HORIZON, DATA_DIM), draw, num_steps=num_steps)
+    assert len(denoiser.network.inputs) == 2 * num_steps - 1
+    assert draws == [(2, HORIZON, DATA_DIM)] * (num_steps + 1)
+    assert all(label.shape == (1,) for label in denoiser.network.labels), "one noise label serves the whole batch"
+
+
+def test_sampler_is_determined_by_its_draws():
+    settings = {"denoiser": make_denoiser(), "shape": (2, HORIZON, DATA_DIM), "num_steps": 4}
+    one, same, other = (sample_edm(draw=drawer(seed), **settings) for seed in (1, 1, 2))
+    assert torch.equal(one, same) and not torch.isclose(one, other).any()
+    assert one.dtype == torch.float32 and not one.requires_grad
+
+
+@pytest.mark.skipif(bool(edm.why_unavailable("cpu")), reason="the compiled sampler step is not built")
+def test_both_backends_agree():
+    first, actions = normal(5, OBSERVATION_DIM, seed=3), normal(5, HORIZON, ACTION_DIM, seed=4)
+    samples = [
+        sample_edm(make_denoiser(), (5, HORIZON, DATA_DIM), drawer(), first, actions, num_steps=8, backend=backend)
+        for backend in ("reference", "extension")
+    ]
+    torch.testing.assert_close(*samples, rtol=1e-4, atol=1e-4)
+
+
+# Training
+
+
+@pytest.fixture(scope="module")
+def windows() -> Windows:
+    source = np.random.default_rng(0)
+    rows = 60
+    dataset = Dataset(
+        name="made-up",
+        path=None,
+        observations=np.stack([np.sin(np.arange(rows) / 3), np.cos(np.arange(rows) / 3)], axis=1).astype(np.float32),
+        actions=source.uniform(-1, 1, (rows, ACTION_DIM)).astype(np.float32),
+        rewards=np.zeros(rows, np.float32),
+        terminals=np.arange(rows) % 20 == 19,
+    )
+    return Windows(dataset, HORIZON, Limits.from_dataset(dataset))
+
+
+def make_trainer(windows: Windows, network: nn.Module | None = None, **changes: object) -> DiffusionTrainer:
+    settings = {"batch_size": 6, "duration": 120, "tick": 30, "seed": 1, "lr": 1.0, "half_life": 500.0} | changes
+    denoiser = make_denoiser() if network is None else Denoiser(network, OBSERVATION_DIM)
+    return DiffusionTrainer(denoiser, windows, {"made": "up"}, **settings)
+
+
+def weights(module: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4, 6, 100])
+def test_splitting_a_batch_changes_nothing(windows, micro_batch):
+    whole, split = make_trainer(windows), make_trainer(windows, micro_batch=micro_batch)
+    whole_log, split_log = whole.run_epoch(), split.run_epoch()
+    assert whole_log == pytest.approx(split_log, rel=1e-5)
+    torch.testing.assert_close(weights(whole.denoiser), weights(split.denoiser), rtol=1e-3, atol=1e-6)
+    assert torch.equal(whole.generator.get_state(), split.generator.get_state())
+
+
+def test_training_lowers_the_loss_of_the_average(windows, monkeypatch):
+    monkeypatch.setattr(training, "RAMP_SAMPLES", 100)
+    trainer = make_trainer(windows, batch_size=32, duration=32 * 150, tick=32 * 50, lr=2e-3)
+    clean, sigma = windows.gather(torch.arange(len(windows))), draw_sigma(len(windows), generator(5))
+    noise = normal(*clean.shape, seed=6)
+    before = float(edm_loss(trainer.ema, clean, sigma, noise).mean())
+    while not trainer.finished:
+        trainer.run_epoch()
+    assert float(edm_loss(trainer.ema, clean, sigma, noise).mean()) < 0.8 * before
+
+
+def test_average_of_the_weights_by_hand(windows, monkeypatch):
+    monkeypatch.setattr(training, "RAMP_SAMPLES", 1)
+    trainer = make_trainer(windows, tick=6, lr=0.05, half_life=9.0, duration=240)
+    average = weights(trainer.ema).double()
+    for step in range(1, 41):
+        trainer.run_epoch()
+        beta = 0.5 ** (6 / min(9.0, 0.05 * 6 * step))  # the bound is met at step 30
+        average = beta * average + (1 - beta) * weights(trainer.denoiser).double()
+        torch.testing.assert_close(weights(trainer.ema).double(), average, rtol=1e-4, atol=1e-5)
+    assert trainer.finished and not torch.isclose(weights(trainer.ema), weights(trainer.denoiser)).all()
+
+
+def test_half_life_of_the_average_is_bounded(windows):
+    """From 2,000 samples on the half-life stays at 100: one batch of 100 halves the distance."""
+    trainer = make_trainer(windows, half_life=100.0, batch_size=100, duration=10_000)
+    trainer.seen = 9_000
+    average = weights(trainer.ema)
+    trainer._update_ema()
+    torch.testing.assert_close(weights(trainer.ema), average)
+    with torch.no_grad():
+        for parameter in trainer.denoiser.parameters():
+            parameter += 1
+    trainer._update_ema()
+    torch.testing.assert_close(weights(trainer.ema), average + 0.5, rtol=1e-4, atol=1e-5)
+
+
+def test_learning_rate_rises_with_the_samples_seen(windows, monkeypatch):
+    trainer = make_trainer(windows, tick=6)
+    rates = [trainer.run_epoch()["lr"] for _ in range(3)]
+    assert rates == pytest.approx([0, 6 / 10e6, 12 / 10e6])
+    monkeypatch.setattr(training, "RAMP_SAMPLES", 20)
+    assert [trainer.run_epoch()["lr"] for _ in range(3)] == pytest.approx([18 / 20, 1, 1])
+
+
+def test_broken_gradients_are_replaced(windows):
+    """What Adam sees of (nan, inf, -inf, 2): its first step moves by lr times the sign, and by nothing for 0."""
+    trainer = make_trainer(windows, tick=6)
+    first, *others = trainer.denoiser.parameters()
+    for parameter in others:
+        parameter.requires_grad_(False)
+    pattern = torch.tensor([math.nan, math.inf, -math.inf, 2.0])
+    first.register_hook(lambda gradient: pattern.repeat(gradient.numel() // 4).view_as(gradient))
+    trainer.seen = 10_000_000
+    trainer._step()
+    seen = first.grad.flatten()[:4]
+    assert seen.tolist() == [0, 1e5, -1e5, 2]
+    assert first.isfinite().all()
+
+
+def test_resume_is_exact(windows):
+    whole, begun = make_trainer(windows), make_trainer(windows)
+    log = [whole.run_epoch() for _ in range(4)]
+    resumed_log = [begun.run_epoch(), begun.run_epoch()]
+    state = copy.deepcopy(begun.state_dict())
+    begun.run_epoch()  # what happens after the state was taken does not touch it
+    resumed = make_trainer(windows, seed=99)
+    resumed.load_state_dict(state)
+    while not resumed.finished:
+        resumed_log.append(resumed.run_epoch())
+    assert resumed_log == log and whole.finished
+    assert torch.equal(weights(resumed.ema), weights(whole.ema))
+    assert torch.equal(weights(resumed.denoiser), weights(whole.denoiser))
+
+
+def test_every_tick_trains_on_something(windows):
+    trainer = make_trainer(windows, tick=1, duration=20)
+    log = []
+    while not trainer.finished:
+        log.append(trainer.run_epoch())
+    assert [line["kimg"] * 1000 for line in log] == pytest.approx([6, 12, 18, 24]) and all(line["loss"] > 0 for line in log)
+
+
+def test_divergence_is_told(windows):
+    trainer = make_trainer(windows)
+    with torch.no_grad():
+        next(trainer.denoiser.parameters()).fill_(math.nan)
+    with pytest.raises(DydiffError, match="diffusion loss is nan after 30 samples. Lower --lr"):
+        trainer.run_epoch()
+
+
+def test_products_are_the_average_with_its_limits(windows):
+    trainer = make_trainer(windows, snapshot_ticks=2, duration=150)
+    saved: dict[str, dict] = {}
+    while not trainer.finished:
+        trainer.run_epoch()
+        trainer.save_products(lambda name, kind, tree, manifest: saved.update({name: copy.deepcopy(tree)}), trainer.finished)
+    assert list(saved) == ["snapshot-000000.safetensors", "model.safetensors"]
+    network = trainer.ema.network.state_dict()
+    assert all(torch.equal(value, network[name]) for name, value in saved["model.safetensors"]["weights"].items())
+    assert torch.equal(saved["model.safetensors"]["limits"]["minimum"], windows.limits.minimum)

@@ -1,0 +1,171 @@
+"""Every kernel configuration that the launcher can choose, compiled for an A100 and an H100 without either.
+
+The launches are recorded from the network itself, run on tensors without storage, and compiled by Triton's own entry point:
+types, alignment and options are those of a real call.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+
+import pytest
+import torch
+
+from dydiff.networks.fused_unet import FusedUNet
+from dydiff.networks.unet import UNet
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from dydiff.kernels import launch, tune, unet_triton  # noqa: E402
+
+pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="Triton is set to interpret, not to compile")
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+# H, D, dim, dim_mults; the default network, and one whose widths no tile divides and whose groups are no power of two
+NETWORKS = {"default": (100, 14, 128, (1, 4, 8)), "odd": (12, 3, 24, (1, 5))}
+TILES = [(int(name[3:]), kind, tile) for name, kinds in launch.TILES.items() for kind in kinds for tile in kinds[kind]]
+
+
+class Card:
+    """As much of a Triton driver as compiling asks for."""
+
+    def __init__(self, capability: int):
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.fixture
+def compile_launch():
+    """compile_launch(launch, capability) -> Triton's compiled kernel."""
+
+    def compile_for(recorded: launch.Launch, capability: int):
+        triton.runtime.driver.set_active(Card(capability))
+        options = {"num_warps": recorded.warps, "num_stages": recorded.stages}
+        return recorded.kernel.warmup(grid=recorded.grid, **recorded.arguments, **options)
+
+    active = triton.runtime.driver._active
+    yield compile_for
+    triton.runtime.driver.set_active(active)
+
+
+def record(
+    blocks: type[unet_triton.TwoPassBlocks],
+    capability: int,
+    network: str,
+    batch: int,
+    dtype: torch.dtype = torch.float16,
+) -> list[launch.Launch]:
+    """All launches of one evaluation."""
+    horizon, data_dim, dim, mults = NETWORKS[network]
+    launches: list[launch.Launch] = []
+    with torch.device("meta"):
+        unet, x, label = UNet(data_dim, horizon, dim, mults), torch.empty(batch, horizon, data_dim), torch.empty(1)
+    fused = FusedUNet(unet, blocks(dtype, capability=capability, execute=launches.append))
+    fused(x, fused.time_table(label)[0])
+    return launches
+
+
+def variants(launches: list[launch.Launch]) -> list[launch.Launch]:
+    """One launch for each combination of a kernel's branches: the narrowest, whose groups are the most a tile holds."""
+    chosen: dict[tuple, launch.Launch] = {}
+    for recorded in sorted(launches, key=lambda one: one.arguments["N"]):
+        arguments = recorded.arguments
+        branches = [name for name, value in arguments.items() if value is None]
+        branches += [name for name in ("C2", "R1", "R2", "PART", "GAP", "X_DESCRIPTOR") if arguments.get(name)]
+        branches += [arguments.get(name) for name in ("STRIDE", "PHASES", "ROWS", "COLUMNS")]
+        if "C1" in arguments:
+            branches.append(arguments["C1"] * arguments["TAPS"] % arguments["DEPTH"] == 0)  # without masks
+        chosen.setdefault((recorded.kernel.__name__, *branches), recorded)
+    return list(chosen.values())
+
+
+def spilled_bytes(kernel) -> int:
+    """What the machine code keeps in local memory, from NVIDIA's own disassembler."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage)))
+
+
+def assert_sound(kernel, recorded: launch.Launch, capability: int) -> None:
+    assert spilled_bytes(kernel) == 0
+    assert kernel.metadata.shared <= SHARED_LIMIT[capability]
+    if kernel.name == "normalisation_kernel":
+        return
+    code, arguments = kernel.asm["ptx"], recorded.arguments
+    assert ("wgmma.mma_async" if capability == 90 else "mma.sync") in code
+    if arguments["TAPS"] * arguments["C1"] >= recorded.stages * arguments["DEPTH"]:  # else there is no loop to speak of
+        copies = code.count("cp.async.cg") + code.count("cp.async.bulk.tensor")
+        assert copies >= 2 * recorded.stages  # both operands, in the loop and while the stages are first filled
+        assert capability == 80 or "cp.async.bulk.tensor" in code
+
+
+@pytest.mark.parametrize(("capability", "kind", "tile"), TILES, ids=lambda value: "x".join(map(str, value)) if isinstance(value, tuple) else value)
+def test_tile_compiles_well(capability, kind, tile, compile_launch, monkeypatch):
+    """Each tile in the default network at a full batch, wherever the launcher may choose it."""
+    monkeypatch.setitem(launch.TILES[f"sm_{capability}"], kind, [tile])
+    blocks = unet_triton.TwoPassBlocks if kind == "conv" else unet_triton.FusedBlocks
+    name = "convolution_kernel" if kind == "conv" else "block_kernel"
+    launches = [one for one in record(blocks, capability, "default", 2048) if one.kernel.__name__ == name]
+    launches = [one for one in launches if launch.suits(tile, one.arguments["N"])]
+    assert launches
+    for recorded in variants(launches):
+        assert (recorded.warps, recorded.stages) == (tile.warps, tile.stages)
+        assert_sound(compile_launch(recorded, capability), recorded, capability)
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
+def test_normalisation_and_odd_widths_compile_well(capability, compile_launch):
+    launches = record(unet_triton.TwoPassBlocks, capability, "default", 2048)
+    launches = [one for one in launches if one.kernel.__name__ == "normalisation_kernel"]
+    for recorded in variants(launches + record(unet_triton.FusedBlocks, capability, "odd", 5, torch.bfloat16)):
+        assert_sound(compile_launch(recorded, capability), recorded, capability)
+
+
+def test_smaller_cards_get_fewer_stages():
+    """Those of compute capability 8.6, 8.9 and 12.0 have 99 KiB of shared memory for a block."""
+    for kind in launch.TILES["sm_80"].values():
+        for tile in kind:
+            fitted = launch.fits_card(tile, 89)
+            assert fitted.stage_bytes * fitted.stages <= 99 * 1024
+            assert 1 < fitted.stages <= tile.stages
+
+
+def test_measured_choices_are_used(tmp_path, monkeypatch):
+    tile = launch.TILES["sm_90"]["conv"][2]
+    table = tmp_path / "table.json"
+    table.write_text(json.dumps({"sm_90": {launch.shape_class("conv", 51200, 1024, 25): " ".join(map(str, tile))}}))
+    monkeypatch.setattr(launch, "TABLE", table)
+    assert launch.choose("conv", 90, 51200, 1024, 25) == tile
+    assert launch.choose("conv", 80, 51200, 1024, 25) in launch.TILES["sm_80"]["conv"]
+    assert launch.choose("conv", 90, 400, 1024, 25) != tile
+
+
+def test_tuner_writes_what_was_fastest(tmp_path, monkeypatch):
+    """With a stopwatch that likes tiles of few rows; the launches have no storage and are not run."""
+    with torch.device("meta"):
+        unet, x, label = UNet(14, 100), torch.empty(2048, 100, 14), torch.empty(1)
+    blocks = tune.TimedBlocks(lambda one: one.arguments["ROWS"], capability=90, execute=lambda one: None)
+    fused = FusedUNet(unet, blocks)
+    fused(x, fused.time_table(label)[0])
+    table = tmp_path / "table.json"
+    tune.save({"conv columns 32 many": "64 32 64 4 5"}, "sm_80", table)
+    tune.save(tune.fastest(blocks.times), "sm_90", table)
+    assert set(json.loads(table.read_text())) == {"sm_80", "sm_90"}
+    monkeypatch.setattr(launch, "TABLE", table)
+    assert launch.choose("conv", 90, 2048 * 25, 1024, 25).rows == 64
+    assert launch.choose("conv", 80, 2048 * 100, 14, 100).columns == 32

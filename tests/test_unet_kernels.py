@@ -1,0 +1,281 @@
+"""The Triton blocks against the same blocks in plain PyTorch, both measured against float64.
+
+On a CUDA machine the kernels run for real. Elsewhere `test_kernels_in_the_interpreter` runs this file once more in a process
+of its own with Triton's interpreter, because the switch works only before Triton is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dydiff.errors import DydiffError
+from dydiff.kernels import unet_reference
+from dydiff.networks.fused_unet import FusedUNet
+from dydiff.networks.unet import ConvBlock, ResidualBlock, UNet
+
+triton = pytest.importorskip("triton")
+from dydiff.kernels import fused_block, launch, unet_triton  # noqa: E402
+
+INTERPRETED = triton.knobs.runtime.interpret
+DEVICE = "cpu" if INTERPRETED else "cuda"
+CAPABILITIES = [80, 90] if INTERPRETED else [None]  # pointers, descriptors; or what the card has
+on_kernels = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(), reason="no CUDA: runs inside test_kernels_in_the_interpreter"
+)
+BACKENDS = {"triton-a": unet_triton.FusedBlocks, "triton-b": unet_triton.TwoPassBlocks}
+# Both precisions; where there is no card to decide, one each with the code for A100s and for H100s.
+PRECISIONS = [(torch.float16, CAPABILITIES[0]), (torch.bfloat16, CAPABILITIES[-1])]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Every torch.empty is filled with NaN, so that an element which a kernel leaves out shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def interpreted_bfloat16(monkeypatch):
+    """The interpreter keeps bfloat16 as uint16 and multiplies that; give its dot float32 operands instead."""
+    if not INTERPRETED:
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    dot = InterpreterBuilder.create_dot
+
+    def widened(handle):
+        if handle.dtype.scalar != triton.language.bfloat16:
+            return handle
+        return TensorHandle((handle.data.astype("uint32") << 16).view("float32"), triton.language.float32)
+
+    def create_dot(self, a, b, *arguments):
+        return dot(self, widened(a), widened(b), *arguments)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the kernels run in this very process")
+def test_kernels_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    print(done.stdout[-6000:], done.stderr[-2000:])
+    assert done.returncode == 0
+    assert " passed" in done.stdout
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def seeded(make, *arguments) -> nn.Module:
+    """A module with the same weights every time; norms and biases are moved off their initial 1 and 0."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = make(*arguments)
+        for name, parameter in module.named_parameters():
+            if "norm" in name or "bias" in name:
+                parameter.data += 0.3 * torch.randn_like(parameter)
+    return module.eval().requires_grad_(False).to(DEVICE)
+
+
+def plain(activation) -> Tensor:
+    """Any backend's activation as [B, C, L] float64; a gapped one must have zeros in its gaps."""
+    if isinstance(activation, Tensor):
+        return activation.double()
+    gap, pitch = activation.gap, activation.pitch
+    rows = activation.rows.double()
+    assert not rows[:gap].any()
+    samples = rows[gap:].view(activation.batch, pitch, -1)
+    assert not samples[:, activation.length :].any()
+    return samples[:, : activation.length].transpose(1, 2)
+
+
+def assert_as_good_as_pytorch(compute, dtype: torch.dtype, backend: unet_triton.TwoPassBlocks) -> None:
+    """compute(blocks) -> result; the kernels' largest error is at most twice that of PyTorch in the same precision."""
+    exact = plain(compute(unet_reference.ReferenceBlocks(torch.float64)))
+    reference = plain(compute(unet_reference.ReferenceBlocks(dtype)))
+    result = plain(compute(backend))
+    floor = torch.finfo(dtype).eps / 2 * exact.abs().max()
+    assert result.shape == exact.shape
+    assert (result - exact).abs().max() <= 2 * torch.maximum((reference - exact).abs().max(), floor)
+
+
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same input for everyone: what the low precision can hold."""
+    return x.to(dtype).double()
+
+
+# B, L, channels of x, of skip (0: none), C_out, taps
+BLOCKS = [
+    (3, 25, 128, 128, 64, 5),  # the default network's lengths, samples cut by tiles
+    (2, 100, 16, 0, 128, 5),  # fills one tile and a bit; an unaligned first convolution
+    (7, 1, 8, 0, 8, 5),  # one channel a group, one position
+    (5, 13, 24, 24, 48, 5),  # groups that are no power of two, and the identity as residual
+    (2, 50, 64, 0, 64, 3),
+    (1, 256, 16, 0, 16, 7),
+    (19, 4, 32, 0, 96, 5),  # many samples a tile
+]
+
+
+@on_kernels
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", BLOCKS)
+@pytest.mark.parametrize(("dtype", "capability"), PRECISIONS)
+def test_residual_block(dtype, shape, backend, capability):
+    batch, length, width, skip_width, columns, taps = shape
+    block = seeded(ResidualBlock, width + skip_width, columns, 8, taps)
+    x, skip = rounded(draw(batch, length, width), dtype), rounded(draw(batch, length, skip_width, seed=1), dtype)
+    time_bias = draw(columns, seed=2)
+
+    def compute(blocks):
+        entered = blocks.enter(skip) if skip_width else None
+        return blocks.residual_block(blocks.enter(x), entered, blocks.pack(block.state_dict()), time_bias)
+
+    assert_as_good_as_pytorch(compute, dtype, BACKENDS[backend](dtype, taps, capability))
+
+
+@on_kernels
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("tile", launch.TILES["sm_90"]["conv"], ids=lambda tile: "x".join(map(str, tile)))
+def test_every_tile_of_the_convolution(tile, capability, monkeypatch):
+    """A tile that the table's rule would not choose for a shape this small; 160 channels leave half a tile over."""
+    monkeypatch.setitem(launch.TILES["sm_90"], "conv", [tile])
+    monkeypatch.setitem(launch.TILES["sm_80"], "conv", [tile])
+    block, x = seeded(ResidualBlock, 64, 160, 8, 5), rounded(draw(6, 25, 64), torch.float16)
+
+    def compute(blocks):
+        return blocks.residual_block(blocks.enter(x), None, blocks.pack(block.state_dict()), draw(160, seed=2))
+
+    assert_as_good_as_pytorch(compute, torch.float16, unet_triton.TwoPassBlocks(capability=capability))
+
+
+@on_kernels
+@pytest.mark.parametrize("tile", launch.TILES["sm_90"]["block"], ids=lambda tile: "x".join(map(str, tile)))
+def test_every_tile_of_the_fused_block(tile, monkeypatch):
+    """One sample more than a tile holds."""
+    length = {256: 50, 128: 25, 64: 20}[tile.rows]
+    monkeypatch.setitem(launch.TILES["sm_90"], "block", [tile])
+    monkeypatch.setitem(launch.TILES["sm_80"], "block", [tile])
+    columns = 256 if tile.columns == 128 else 64
+    batch = tile.rows // length + 1
+    assert fused_block.worth(tile, length, columns) > 0.9
+    block, x = seeded(ResidualBlock, 64, columns, 8, 5), rounded(draw(batch, length, 64), torch.float16)
+
+    def compute(blocks):
+        return blocks.residual_block(blocks.enter(x), None, blocks.pack(block.state_dict()), draw(columns, seed=2))
+
+    assert_as_good_as_pytorch(compute, torch.float16, unet_triton.FusedBlocks(capability=CAPABILITIES[-1]))
+
+
+@on_kernels
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_means_far_from_zero(backend):
+    """A mean thirty deviations away is no harm: nothing is computed as a difference of squares."""
+    block, x = seeded(ConvBlock, 64, 64, 5), rounded(draw(3, 25, 64), torch.float16)
+    block.conv.bias.data += 30 * block.conv(x.float().transpose(1, 2)).std()
+    final = seeded(nn.Conv1d, 64, 3, 1)
+
+    def compute(blocks):
+        return blocks.leave(blocks.enter(x), blocks.pack(block.state_dict()), blocks.pack(final.state_dict()))
+
+    assert_as_good_as_pytorch(lambda blocks: compute(blocks).transpose(1, 2), torch.float16, BACKENDS[backend]())
+
+
+@on_kernels
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("shape", [(2, 100, 128), (2, 2, 8), (5, 13, 24)])  # B, L, C
+def test_resampling(shape, capability):
+    x, channels = rounded(draw(*shape), torch.float16), shape[2]
+    down, up = seeded(nn.Conv1d, channels, channels, 3, 2, 1), seeded(nn.ConvTranspose1d, channels, channels, 4, 2, 1)
+    backend = unet_triton.TwoPassBlocks(capability=capability)
+    for name, layer in (("downsample", down), ("upsample", up)):
+        weights = layer.state_dict()
+
+        def compute(blocks, name=name, weights=weights):
+            return getattr(blocks, name)(blocks.enter(x), blocks.pack(weights))
+
+        assert_as_good_as_pytorch(compute, torch.float16, backend)
+
+
+# B, H, D, dim, dim_mults, kernel_size
+NETWORKS = [
+    (2, 100, 14, 16, (1, 4, 8), 5),  # 25 positions at the bottom
+    (5, 4, 1, 16, (1, 2, 4), 5),  # one position at the bottom
+    (1, 12, 25, 24, (2, 1), 3),  # a concatenation as wide as the block's output: its residual is the identity
+]
+
+
+@on_kernels
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", NETWORKS)
+@pytest.mark.parametrize(("dtype", "capability"), PRECISIONS)
+def test_whole_network(dtype, shape, backend, capability):
+    batch, horizon, data_dim, dim, mults, taps = shape
+    unet = seeded(UNet, data_dim, horizon, dim, mults, taps)
+    x, label = draw(batch, horizon, data_dim), torch.tensor([0.3], device=DEVICE)
+    exact = deepcopy(unet).double()(x.double(), label.double())
+
+    def error(blocks) -> Tensor:
+        fused = FusedUNet(unet, blocks)
+        y = fused(x, fused.time_table(label)[0])
+        assert y.shape == exact.shape and y.dtype == torch.float32 and y.is_contiguous()
+        return (y - exact).abs().max()
+
+    assert error(BACKENDS[backend](dtype, taps, capability)) <= 2 * error(unet_reference.ReferenceBlocks(dtype))
+
+
+@on_kernels
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_twice_is_the_same_and_nothing_is_nothing(backend):
+    unet = seeded(UNet, 3, 8, 16, (1, 2))
+    fused = FusedUNet(unet, BACKENDS[backend]())
+    table = fused.time_table(torch.tensor([0.3], device=DEVICE))[0]
+    x = draw(5, 8, 3)
+    assert torch.equal(fused(x, table), fused(x, table))
+    assert fused(x[:0], table).shape == (0, 8, 3)
+
+
+@on_kernels
+def test_packed_weights_are_a_copy():
+    unet = seeded(UNet, 3, 8, 16, (1, 2))
+    fused = FusedUNet(unet, unet_triton.TwoPassBlocks())
+    x, label = draw(2, 8, 3), torch.tensor([0.3], device=DEVICE)
+    table = fused.time_table(label)[0]
+    before = fused(x, table)
+    for parameter in unet.parameters():
+        parameter.data.mul_(2)
+    assert torch.equal(fused(x, table), before)
+    fused.refresh()
+    assert not torch.equal(fused(x, table), before)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_evaluation_can_be_captured(backend):
+    fused = FusedUNet(seeded(UNet, 14, 100, 32, (1, 4, 8)), BACKENDS[backend]())
+    table = fused.time_table(torch.tensor([0.3], device=DEVICE))[0]
+    x = draw(5, 100, 14)
+    eager = fused(x, table)  # compiles the kernels and splits the weights of concatenated inputs
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = fused(x, table)
+    x.copy_(draw(5, 100, 14, seed=1))
+    graph.replay()
+    assert torch.equal(captured, fused(x, table)) and not torch.equal(captured, eager)
+
+
+def test_misuse_is_told():
+    with pytest.raises(DydiffError, match="float16 or bfloat16, not torch.float32"):
+        unet_triton.TwoPassBlocks(torch.float32)
+    with pytest.raises(DydiffError, match="kernel_size=7"):
+        FusedUNet(UNet(3, 8, 16, (1, 2), kernel_size=7), unet_triton.FusedBlocks())
+    if not INTERPRETED:
+        assert "NVIDIA GPU" in unet_triton.why_unavailable("cpu")
