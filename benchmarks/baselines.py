@@ -64,7 +64,8 @@ class Embedding(nn.Module):
         super().__init__()
         self.hidden, self.output = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
         half = dim // 2
-        self.register_buffer("frequency", torch.exp(torch.arange(half) * (-math.log(10000) / (half - 1))), persistent=False)
+        index = torch.arange(half, device="cpu")  # even where the weights are made elsewhere
+        self.register_buffer("frequency", torch.exp(index * (-math.log(10000) / (half - 1))), persistent=False)
 
     def forward(self, noise_label: Tensor) -> Tensor:
         angle = noise_label[:, None] * self.frequency
@@ -72,7 +73,7 @@ class Embedding(nn.Module):
 
 
 class PlainUNet(nn.Module):
-    """SPEC section 3's U-Net in torch.nn; names of layers are those of dydiff.networks.unet.
+    """SPEC section 3's U-Net in torch.nn; names of layers are those of dydiff.networks.unet, whose `weights` it shares.
 
     Shapes: x [B, H, D], noise_label [B or 1] -> [B, H, D]. `flat` takes Conv1d, otherwise Conv2d(1, k) with channels last.
     """
@@ -99,7 +100,8 @@ class PlainUNet(nn.Module):
         self.upsample = nn.ModuleList(enlarge(below) for _, below in ends)
         self.final_block = ConvBlock(flat, dim, dim)
         self.final_conv = make_convolution(flat, dim, data_dim, 1)
-        self.load_state_dict({name: w.unsqueeze(2) if w.ndim == 3 and not flat else w for name, w in weights.items()})
+        weights = {name: w.unsqueeze(2) if w.ndim == 3 and not flat else w for name, w in weights.items()}
+        self.load_state_dict(weights, assign=True)
 
     def forward(self, x: Tensor, noise_label: Tensor) -> Tensor:
         embedding = self.embed(noise_label)

@@ -26,7 +26,8 @@ not depend on their number), weights and inputs included: torch.cuda.max_memory_
 resident set beyond what it was after the imports, the memory of torch.compile itself included. --no-memory skips it.
 
 --quick: one shape, fewer repetitions, under 5 minutes on two cores. On a CPU, calls of more than 2 s then count from their
-only run, the checked one (n = 1), and the sampler case takes 5 of 34 steps and says so; the rollout is always complete.
+only run, the checked one (n = 1), the sampler case takes 5 of 34 steps and says so, and the variants `extension` and `compiled`
+must be asked for. The rollout is always complete.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ from dydiff.diffusion.fast_sampler import FastMode
 from dydiff.errors import DydiffError
 
 CASES = ("evaluation", "start", "sampler", "rollout")
+FULL_SIZE = 128, (1, 4, 8)  # dim and dim_mults
 QUICK_STEPS = 5
+SKIPPED_IF_QUICK = ("extension", "compiled")  # on a CPU; they cost minutes, and stand near reference and stock
 
 
 def without_tf32(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -117,16 +120,22 @@ def make_case(name: str, work: Workload, runners: dict[str, Runner], counts: Cou
                 runner.detail,
             )
         )
-    note = f"{work.sampler_steps} of {NUM_STEPS} steps" if shortened else ""
+    notes = [f"{work.sampler_steps} of {NUM_STEPS} steps"] if shortened else []
+    size = work.shape.dim, work.shape.dim_mults
+    if size != FULL_SIZE:
+        notes.append(f"small network: dim {size[0]}, multiples {','.join(map(str, size[1]))}")
     # The sampler scales the network's raw output by c_out <= sigma_data before it counts.
     tolerance = 1 / work.denoiser.sigma_data if name == "evaluation" else 1.0
-    return Case(name, work.shape.batch, work.shape.horizon, variants, note, tolerance)
+    return Case(name, work.shape.batch, work.shape.horizon, variants, "; ".join(notes), tolerance)
 
 
-def build_runners(names: Sequence[str] | None, work: Workload) -> dict[str, Runner]:
-    """The variants asked for (but `fast`, which waits for a backend), or all that work here; names those that do not."""
+def build_runners(names: Sequence[str] | None, work: Workload, skipped: Sequence[str] = ()) -> dict[str, Runner]:
+    """The variants asked for (but `fast`, which waits for a backend), or all that work here; names those that do not.
+
+    `skipped` are left out unless asked for.
+    """
     runners = {}
-    for name in names or ["published", "stock", *OURS]:
+    for name in names or [name for name in ("published", "stock", *OURS) if name not in skipped]:
         try:
             if name != "fast":
                 runners[name] = build_runner(name, work, FastMode())
@@ -156,7 +165,7 @@ def run_shape(shape: Shape, options: argparse.Namespace, rates: dict[str, float]
     # On a CPU a second rollout is too dear to warm up, and the network's evaluation has done it.
     patience = thorough if device.startswith("cuda") else dataclasses.replace(thorough, warm_up=False, reuse=shorten)
     work = Workload(shape, device, sampler_steps=QUICK_STEPS if shorten else NUM_STEPS)
-    runners = build_runners(options.variants, work)
+    runners = build_runners(options.variants, work, SKIPPED_IF_QUICK if shorten else ())
     counts, machine, peaks, records = Counts(shape), describe_machine(device), {}, []
     for dtype in sorted({runner.dtype for runner in runners.values()} - rates.keys()):
         rates[dtype] = measure_matrix_rate(dtype, device)
@@ -244,8 +253,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON object a line")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw times and shares of the matrix rate")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
-    parser.add_argument("--dim", type=int, default=128, help="width of the network, to try things out with a small one")
-    parser.add_argument("--dim-mults", type=integers, default=[1, 4, 8], help="widths by level, times dim")
+    parser.add_argument("--dim", type=int, default=FULL_SIZE[0], help="width of the network; a small one to try things out")
+    parser.add_argument("--dim-mults", type=integers, default=list(FULL_SIZE[1]), help="widths by level, times dim")
     parser.add_argument("--peak-memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if unknown := set(options.cases) - set(CASES):

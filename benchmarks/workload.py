@@ -107,7 +107,8 @@ class Workload:
 
     def plain_network(self, flat: bool) -> PlainUNet:
         weights, shape = self.network.state_dict(), self.shape
-        network = PlainUNet(weights, OBSERVATION_DIM + ACTION_DIM, shape.dim, shape.dim_mults, flat)
+        with torch.device("meta"):  # the weights are there already
+            network = PlainUNet(weights, OBSERVATION_DIM + ACTION_DIM, shape.dim, shape.dim_mults, flat)
         return network.to(self.device).eval().requires_grad_(False)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dydiff.capture import can_compile, compile_function
+from dydiff.device import has_fast_bf16
 from dydiff.diffusion.edm import Denoiser, FusedDenoiser
 from dydiff.errors import DydiffError
 from dydiff.kernels import edm
@@ -77,11 +78,6 @@ def is_available(backend: str, device: torch.device | str = "cpu") -> bool:
 def choose_backend(denoiser: Denoiser, device: torch.device) -> str:
     """What `auto` stands for with this network on this device."""
     fits = isinstance(denoiser.network, UNet) and denoiser.network.kernel_size == TAPS
-    if device.type == "cpu" and fits and has_fast_bf16() and not edm.why_unavailable(device):
+    if device.type == "cpu" and fits and has_fast_bf16(device) and not edm.why_unavailable(device):
         return "bf16"
     return edm.available_backend(device, torch.float32)
-
-
-def has_fast_bf16() -> bool:
-    """Whether this processor multiplies bfloat16 in hardware; without that, bf16 would be slower than float32."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -101,6 +101,12 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dump", type=count, default=50, help="write the state for --resume every so many ticks")
     parser.add_argument("--lr", type=number, default=1e-3, help="Adam's step size, reached after 10 million windows")
     parser.add_argument("--ema", type=number, default=0.5, help="half-life of the weights' average, in millions of windows")
+    parser.add_argument(
+        "--precision",
+        choices=["auto", "float32", "bf16"],
+        default="auto",
+        help="of UNet_RL's matrix products; weights and their update stay float32; auto: bf16 where the hardware has it",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     parser.add_argument("--device", default="auto", help="cuda:0, cpu, ...; auto takes a GPU if there is one")
     parser.add_argument("--resume", default=None, metavar="RUN", help="run folder to continue with the same options")
@@ -133,6 +139,7 @@ def run_train(options: argparse.Namespace) -> None:
         "tick": max(round(options.tick * 1e3), 1),
         "lr": options.lr,
         "half_life": options.ema * 1e6,
+        "precision": options.precision,
         "seed": options.seed,
     }
     device = find_device(options.device)
@@ -246,7 +253,7 @@ def add_import_options(parser: argparse.ArgumentParser) -> None:
     """The options of `dydiff import`."""
     parser.add_argument("file", help="published network-snapshot-*.pkl, dynamics or reward .pkl, or policy snapshot")
     parser.add_argument("--dataset", required=True, help="dataset that it was trained on")
-    parser.add_argument("--env_name", default=None, help="environment (default: the dataset's)")
+    parser.add_argument("--environment", default=None, help="environment, where neither name nor file of the dataset tells it")
     parser.add_argument("--horizon", type=positive(int), default=None, help="of a diffusion model whose file does not say it")
     parser.add_argument("--out", default=None, help="checkpoint to write (default: the file's name with .safetensors)")
 
@@ -261,7 +268,7 @@ def run_import(options: argparse.Namespace) -> None:
     if out.exists():
         raise DydiffError(f"'{out}' exists. Remove it, or name another file with --out.")
     content = read_file(file)
-    importer = make_importer(load_problem(options.dataset, options.env_name), options.horizon)
+    importer = make_importer(load_problem(options.dataset, options.environment), options.horizon)
     product = importer.read(content, file.name)
     importer.save(product, out)
     for note in product.notes:

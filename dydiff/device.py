@@ -1,4 +1,4 @@
-"""Which device to compute on."""
+"""Which device to compute on, and what it is good at."""
 
 from __future__ import annotations
 
@@ -27,3 +27,10 @@ def find_device(name: str) -> str:
     elif device.type != "cpu":
         raise DydiffError(f"Device '{name}' is not supported; use cpu or a CUDA device such as cuda:0.")
     return name
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 in hardware; without that, bf16 would be slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

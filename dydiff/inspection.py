@@ -52,13 +52,12 @@ def inspect(raw: RawDataset) -> Inspection:
     timeouts = arrays["timeouts"].reshape(count) != 0 if "timeouts" in arrays else np.zeros(count, bool)
     begins, episode_lengths = find_episodes(terminals, timeouts)
     rewards = arrays["rewards"].reshape(count).astype(np.float64)
-    total = np.concatenate([[0.0], rewards.cumsum()])
     numeric = {key: values for key, values in arrays.items() if values.dtype.kind == "f" and len(values.shape)}
     return Inspection(
         name=raw.name,
         arrays={key: (str(values.dtype), values.shape) for key, values in arrays.items()},
         lengths=episode_lengths,
-        returns=total[begins + episode_lengths] - total[begins],
+        returns=np.add.reduceat(rewards[: episode_lengths.sum()], begins) if len(begins) else rewards[:0],
         terminals=int(terminals.sum()),
         timeouts=int((timeouts & ~terminals).sum()),
         rest=int(count - episode_lengths.sum()),

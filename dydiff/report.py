@@ -21,8 +21,8 @@ from dydiff.dynamics import DynamicsEnsemble
 from dydiff.environments import environment_name, environment_spec
 from dydiff.errors import DydiffError
 from dydiff.models import DIFFUSION, DYNAMICS, POLICY, load_diffusion_model, load_policy
-from dydiff.runs import find_model, list_runs, read_log, read_settings
-from dydiff.stages import UPDATES_PER_EPOCH, build_rollouts, load_problem
+from dydiff.runs import list_runs, read_log, read_run, read_settings
+from dydiff.stages import UPDATES_PER_EPOCH, Problem, build_rollouts, find_models, load_problem
 
 ALGORITHM_NAMES = {"td3_bc": "TD3+BC", "diffusion_ql": "Diffusion-QL", "cql": "CQL"}
 
@@ -93,11 +93,13 @@ def report(root: Path, dataset_name: str, starts: int, seed: int, device: str) -
     env_name = subject.constants.env_specs.env_name
     environment_spec(environment_name(env_name or dataset.environment or ""))  # says so where there is no simulator
     problem = load_problem(dataset_name, env_name, subject.constants.env_specs.backend)
-    engine = build_rollouts(subject.constants, problem, device, root).engine
+    models = models_of(subject, problem, root)
+    engine = build_rollouts(subject.constants, problem, device, models).engine
     policy = load_policy(subject.folder / "agent.safetensors", device)
     comparison = compare_rollouts(engine, policy, problem, starts, seed)
     errors = comparison.errors(problem.spec, problem.spaces)
     scores = [variant.summary(dataset) for variant in group_runs(runs)]
+    scores.sort(key=lambda score: score["dydiff"])  # base algorithms first
     steps = problem.spec.max_episode_steps
     # Where episodes may end early, the mean reward says nothing about returns.
     behaviour = None if dataset.terminals.any() else float(dataset.rewards.mean()) * steps
@@ -111,8 +113,8 @@ def report(root: Path, dataset_name: str, starts: int, seed: int, device: str) -
     picture = "maze_rollouts.png" if is_maze(problem.spec) else "rollouts.png"
     files = {name: folder / name for name in ("rollout_error.png", picture, "learning_curve.png", "report.json")}
     plots.draw_errors(errors, files["rollout_error.png"])
-    models = {name: observation for name, observation in comparison.modelled.items() if name != NO_MOTION}
-    draw(problem.spec.name, comparison.simulated, comparison.alive, models, files[picture])
+    modelled = {name: observation for name, observation in comparison.modelled.items() if name != NO_MOTION}
+    draw(problem.spec.name, comparison.simulated, comparison.alive, modelled, files[picture])
     plots.draw_curves(scores, behaviour, files["learning_curve.png"])
     record = {
         "dataset": dataset.name,
@@ -124,7 +126,7 @@ def report(root: Path, dataset_name: str, starts: int, seed: int, device: str) -
         "seed": seed,
         "horizon": engine.horizon,
         "iterations": engine.iterations,
-        "models": describe_models(root, dataset, subject.constants, engine.dynamics),
+        "models": describe_models(models, dataset, engine.dynamics),
         "rollout_error": errors,
         "alive": comparison.alive.sum(axis=0).tolist(),
         "scores": scores,
@@ -182,17 +184,19 @@ def group_runs(runs: Sequence[PolicyRun]) -> list[Variant]:
     return list(variants.values())
 
 
-def describe_models(root: Path, dataset: Dataset, constants: Constants, dynamics: DynamicsEnsemble) -> dict[str, Any]:
+def models_of(run: PolicyRun, problem: Problem, root: Path) -> dict[str, list[str]]:
+    """The models that a run's rollouts used; for a run without rollouts, those that its settings would find now."""
+    return (read_run(run.folder) or {}).get("models") or find_models(run.constants, problem, root)
+
+
+def describe_models(models: dict[str, list[str]], dataset: Dataset, dynamics: DynamicsEnsemble) -> dict[str, Any]:
     """Where the models behind a run's rollouts lie, and how large they are."""
-    paths = constants.diff_model_params.model_paths
     diffusion = []
-    for path in [paths] if isinstance(paths, str) else paths:
-        file = find_model(root, DIFFUSION, dataset, path)
-        about = {"path": str(file), "parameters": _count(load_diffusion_model(file, dataset).denoiser)}
-        windows = (read_settings(file.parent) or {}).get("duration")  # None for a file from elsewhere
+    for file in models[DIFFUSION]:
+        about = {"path": file, "parameters": _count(load_diffusion_model(file, dataset).denoiser)}
+        windows = (read_settings(Path(file).parent) or {}).get("duration")  # None for a file from elsewhere
         diffusion.append({**about, "training_windows": windows})
-    path = find_model(root, DYNAMICS, dataset, constants.dyn_model_params.load_path)
-    ensemble = {"path": str(path), "networks": dynamics.num_nets, "parameters": _count(dynamics)}
+    ensemble = {"path": models[DYNAMICS][0], "networks": dynamics.num_nets, "parameters": _count(dynamics)}
     return {"diffusion": diffusion, "dynamics": ensemble}
 
 

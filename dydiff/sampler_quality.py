@@ -20,7 +20,7 @@ from dydiff.diffusion.fast_sampler import FastMode
 from dydiff.environments import environment_name, environment_spec, simulator_version
 from dydiff.errors import DydiffError
 from dydiff.models import load_policy
-from dydiff.report import find_policy_runs, format_table
+from dydiff.report import find_policy_runs, format_table, models_of
 from dydiff.rollout import RolloutEngine
 from dydiff.stages import Problem, build_rollouts, load_problem
 
@@ -80,7 +80,7 @@ def measure_quality(
     env_name = subject.constants.env_specs.env_name
     environment_spec(environment_name(env_name or dataset.environment or ""))  # says so where there is no simulator
     problem = load_problem(dataset_name, env_name)
-    engine = build_rollouts(subject.constants, problem, device, root).engine
+    engine = build_rollouts(subject.constants, problem, device, models_of(subject, problem, root)).engine
     if engine.iterations < 2:
         raise DydiffError(f"Run '{subject.folder}' has sampler_kwargs.iterative_times {engine.iterations}: none starts warm.")
     policy = load_policy(subject.folder / "agent.safetensors", device)

@@ -18,7 +18,7 @@ from dydiff.agents import AGENTS
 from dydiff.config import Constants
 from dydiff.data import Dataset, Limits, Spaces, Transitions, Windows, load_dataset, make_transitions
 from dydiff.diffusion.fast_sampler import FastMode
-from dydiff.diffusion.training import DiffusionTrainer
+from dydiff.diffusion.training import DiffusionTrainer, choose_precision
 from dydiff.dynamics import DynamicsEnsemble
 from dydiff.environments import (
     WITHOUT_SIMULATOR,
@@ -45,7 +45,7 @@ from dydiff.progress import Progress
 from dydiff.replay import ReplayBuffer
 from dydiff.reward import RewardModel
 from dydiff.rollout import RolloutEngine
-from dydiff.runs import Run, drive, find_model
+from dydiff.runs import Run, drive, find_model, read_run
 from dydiff.terminal import terminal_function
 from dydiff.trainer import Evaluation, PolicyTrainer, Rollouts, Saving
 
@@ -171,7 +171,9 @@ def build_one_step(variant: Variant, problem: Problem, device: str) -> OneStepSt
     return OneStepStage(fit, KINDS[variant.stage], {"model": describe})
 
 
-def build_policy(variant: Variant, problem: Problem, device: str, root: Path, progress: Progress) -> PolicyTrainer:
+def build_policy(
+    variant: Variant, problem: Problem, device: str, models: dict[str, list[str]], progress: Progress
+) -> PolicyTrainer:
     """The policy training of an experiment: agent, buffers, models behind the rollouts, evaluation."""
     constants, dataset = variant.constants, problem.dataset
     params = constants.rl_trainer_params
@@ -191,7 +193,7 @@ def build_policy(variant: Variant, problem: Problem, device: str, root: Path, pr
         spaces,
         real=ReplayBuffer.from_transitions(problem.policy_transitions(device), params.replay_buffer_size),
         synthetic=ReplayBuffer(params.model_replay_buffer_size, dataset.observation_dim, dataset.action_dim, agent.device),
-        rollouts=build_rollouts(constants, problem, device, root) if params.real_ratio < 1 else None,
+        rollouts=build_rollouts(constants, problem, device, models) if models else None,
         evaluation=evaluation,
         saving=Saving(
             params.freq_saving,
@@ -227,18 +229,31 @@ def _agent_arguments(variant: Variant, problem: Problem) -> dict[str, Any]:
     return arguments
 
 
-def build_rollouts(constants: Constants, problem: Problem, device: str, root: Path) -> Rollouts:
-    """The models of a DyDiff run and the settings of its rollouts; models are looked up under `root`.
+def find_models(constants: Constants, problem: Problem, root: Path) -> dict[str, list[str]]:
+    """The checkpoints that a run's settings name, by kind; `auto` and published files are looked up and converted under `root`.
+
+    Raises:
+        DydiffError: a model is missing.
+    """
+    paths = constants.diff_model_params.model_paths
+    wanted = {
+        DIFFUSION: [paths] if isinstance(paths, str) else paths,
+        DYNAMICS: [constants.dyn_model_params.load_path],
+        REWARD: [constants.model_params.load_path],
+    }
+    if not wanted[DIFFUSION]:
+        raise DydiffError("diff_model_params.model_paths is empty; name a diffusion model, or use 'auto'.")
+    return {kind: [str(_find(problem, root, kind, path).resolve()) for path in named] for kind, named in wanted.items()}
+
+
+def build_rollouts(constants: Constants, problem: Problem, device: str, files: dict[str, list[str]]) -> Rollouts:
+    """The models of a DyDiff run (`files` as `find_models` gives them) and the settings of its rollouts.
 
     Raises:
         DydiffError: a model is missing, was trained on other data, or does not fit the others or the settings.
     """
     params, dataset = constants.rl_trainer_params, problem.dataset
-    paths = constants.diff_model_params.model_paths
-    paths = [paths] if isinstance(paths, str) else paths
-    if not paths:
-        raise DydiffError("diff_model_params.model_paths is empty; name a diffusion model, or use 'auto'.")
-    models = [load_diffusion_model(_find(problem, root, DIFFUSION, path), dataset, device) for path in paths]
+    models = [load_diffusion_model(file, dataset, device) for file in files[DIFFUSION]]
     for model in models:
         if not model.manifest["include_action"]:
             raise DydiffError(
@@ -246,8 +261,7 @@ def build_rollouts(constants: Constants, problem: Problem, device: str, root: Pa
             )
         if model.horizon != models[0].horizon:
             raise DydiffError(f"The diffusion models differ in their horizon: {[each.horizon for each in models]}.")
-    dynamics = load_dynamics(_find(problem, root, DYNAMICS, constants.dyn_model_params.load_path), dataset, device)
-    reward = load_reward(_find(problem, root, REWARD, constants.model_params.load_path), dataset, device)
+    dynamics, reward = load_dynamics(*files[DYNAMICS], dataset, device), load_reward(*files[REWARD], dataset, device)
     horizon = models[0].horizon
     length = horizon if params.rollout_length == -1 else params.rollout_length
     if not 2 <= length <= horizon:
@@ -315,18 +329,21 @@ def run_variant(
     environment = variant.constants.env_specs
     problem = load_problem(variant.constants.dataset_name, environment.env_name, environment.backend)
     progress = Progress(folder.name)
+    about: dict[str, Any] = {"description": description} if description else {}
     if variant.is_policy:
-        stage = build_policy(variant, problem, device, root, progress)
+        # A resumed run continues with the models that it began with, whatever has been trained since.
+        models = (read_run(folder) or {}).get("models", {})
+        if variant.constants.rl_trainer_params.real_ratio < 1 and not models:
+            models = find_models(variant.constants, problem, root)
+        # Scores of different simulators do not compare, so the name of this one stays beside them.
+        about |= {"models": models, "simulator": problem.simulator}
+        stage = build_policy(variant, problem, device, models, progress)
         length, unit = stage.num_epochs * stage.updates_per_epoch, "updates"
         kind, save_every = POLICY, variant.constants.rl_trainer_params.freq_saving
     else:
         stage = build_one_step(variant, problem, device)
         length, unit = stage.fit.max_epochs, "epochs"
         kind, save_every = KINDS[variant.stage], 1
-    about = {"description": description} if description else {}
-    if variant.is_policy:
-        # Scores of different simulators do not compare, so the name of this one stays beside them.
-        about["simulator"] = problem.simulator
     run = Run(folder, kind, problem.dataset, settings, about)
     progress.begin(length, unit)
     with progress:
@@ -347,6 +364,7 @@ def train_diffusion(
     tick: int,
     lr: float,
     half_life: float,
+    precision: str,
     snapshot_ticks: int,
     state_ticks: int,
     seed: int,
@@ -364,10 +382,11 @@ def train_diffusion(
     windows = Windows(dataset, network["horizon"], limits, include_action, device)
     network = {**network, "data_dim": windows.dim}
     denoiser = build_denoiser(network, dataset.observation_dim).to(device)
+    precision = choose_precision(precision, denoiser)
     progress = Progress(folder.name)
     progress.say(
         f"{dataset.name}: {len(dataset):,} rows, {len(windows):,} windows of {windows.horizon} x {windows.dim}; "
-        f"{network['kind']} with {sum(p.numel() for p in denoiser.parameters()) / 1e6:.2f} M parameters on {device}."
+        f"{network['kind']} with {sum(p.numel() for p in denoiser.parameters()) / 1e6:.2f} M parameters on {device} in {precision}."
     )
     if dry_run:
         progress.say("Dry run: everything fits; nothing was written.")
@@ -394,6 +413,7 @@ def train_diffusion(
         use_cond,
         cond_on_action,
         progress.advance,
+        precision,
     )
     run = Run(folder, DIFFUSION, dataset, settings)
     progress.begin(duration, "samples")

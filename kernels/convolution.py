@@ -63,8 +63,8 @@ def convolution_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
-    X_DESCRIPTOR: tl.constexpr,
-    WEIGHT_DESCRIPTOR: tl.constexpr,
+    X_TMA: tl.constexpr,
+    WEIGHT_TMA: tl.constexpr,
 ):
     # Programs that follow one another share the rows of x.
     column_tiles: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
@@ -80,10 +80,10 @@ def convolution_kernel(
     weight_row = phase * MATRIX_ROWS
 
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    acc = multiply(acc, x, row, rows, weight, weight_row, n0, C1, TAPS, N, DEPTH, X_DESCRIPTOR, WEIGHT_DESCRIPTOR)
+    acc = multiply(acc, x, row, rows, weight, weight_row, n0, C1, TAPS, N, COLUMNS, DEPTH, X_TMA, WEIGHT_TMA)
     if C2 > 0:
         weight_row += SKIP_ROW
-        acc = multiply(acc, skip, row, rows, weight, weight_row, n0, C2, TAPS, N, DEPTH, X_DESCRIPTOR, WEIGHT_DESCRIPTOR)
+        acc = multiply(acc, skip, row, rows, weight, weight_row, n0, C2, TAPS, N, COLUMNS, DEPTH, X_TMA, WEIGHT_TMA)
 
     n = n0 + tl.arange(0, COLUMNS)
     acc += tl.load(bias + n, mask=n < N_OUT, other=0.0)[None, :]
@@ -155,10 +155,10 @@ def convolve(
     length = -(-x.length // stride)
 
     tile = tile or choose("conv", capability, x.batch * length, columns, length)
-    weight_descriptor = family(capability) == "sm_90"
+    weight_tma = family(capability) == "sm_90"
     # Boxes of consecutive rows: not where every second row is read, or a channel block would straddle two taps.
-    x_descriptor = weight_descriptor and stride == phases == 1 and all(width % tile.depth == 0 for width in widths)
-    per_sample = x.pitch if x_descriptor else length
+    x_tma = weight_tma and stride == phases == 1 and all(width % tile.depth == 0 for width in widths)
+    per_sample = x.pitch if x_tma else length
 
     if form.gapped:
         out = x.empty(length * phases, columns)
@@ -174,7 +174,7 @@ def convolve(
         statistics = Statistics(values, part, tile.rows, per_sample)
 
     def operand(source: Activation | None) -> Tensor | TensorDescriptor | None:
-        if source is None or not x_descriptor:
+        if source is None or not x_tma:
             return source and source.rows
         return TensorDescriptor.from_tensor(source.rows, [tile.rows, tile.depth])
 
@@ -182,7 +182,7 @@ def convolve(
     arguments = {
         "x": operand(x),
         "skip": operand(skip),
-        "weight": TensorDescriptor.from_tensor(matrix, [tile.depth, tile.columns]) if weight_descriptor else matrix,
+        "weight": TensorDescriptor.from_tensor(matrix, [tile.depth, tile.columns]) if weight_tma else matrix,
         "bias": convolution.bias,
         "out": out_rows,
         "statistics": statistics and statistics.values,
@@ -209,8 +209,8 @@ def convolve(
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,
         "DEPTH": tile.depth,
-        "X_DESCRIPTOR": x_descriptor,
-        "WEIGHT_DESCRIPTOR": weight_descriptor,
+        "X_TMA": x_tma,
+        "WEIGHT_TMA": weight_tma,
     }
     grid = (row_tiles * triton.cdiv(matrix.shape[1], tile.columns), phases)
     return Launch(convolution_kernel, grid, arguments, tile.warps, tile.stages), out, statistics

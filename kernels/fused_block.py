@@ -59,7 +59,7 @@ def block_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
-    WEIGHT_DESCRIPTOR: tl.constexpr,
+    WEIGHT_TMA: tl.constexpr,
 ):
     column_tiles: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
     PARTS: tl.constexpr = COLUMNS // GROUP
@@ -76,9 +76,9 @@ def block_kernel(
     n = n0 + tl.arange(0, COLUMNS)
 
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    acc = multiply(acc, x, 0, taps, weight, 0, n0, C1, TAPS, N, DEPTH, False, WEIGHT_DESCRIPTOR)
+    acc = multiply(acc, x, 0, taps, weight, 0, n0, C1, TAPS, N, COLUMNS, DEPTH, False, WEIGHT_TMA)
     if C2 > 0:
-        acc = multiply(acc, skip, 0, taps, weight, SKIP_ROW, n0, C2, TAPS, N, DEPTH, False, WEIGHT_DESCRIPTOR)
+        acc = multiply(acc, skip, 0, taps, weight, SKIP_ROW, n0, C2, TAPS, N, COLUMNS, DEPTH, False, WEIGHT_TMA)
     acc += tl.load(bias + n, mask=n < N, other=0.0)[None, :]
 
     sample = tl.where(valid, sample, -1)
@@ -98,10 +98,10 @@ def block_kernel(
     inside = valid[:, None] & (n < N)[None, :]
     if R1 > 0:
         acc += tl.load(residual_bias + n, mask=n < N, other=0.0)[None, :]
-        acc = multiply(acc, residual, 0, rows, residual_weight, 0, n0, R1, 1, N, DEPTH, False, WEIGHT_DESCRIPTOR)
+        acc = multiply(acc, residual, 0, rows, residual_weight, 0, n0, R1, 1, N, COLUMNS, DEPTH, False, WEIGHT_TMA)
         if R2 > 0:
             row: tl.constexpr = RESIDUAL_SKIP_ROW
-            acc = multiply(acc, residual_skip, 0, rows, residual_weight, row, n0, R2, 1, N, DEPTH, False, WEIGHT_DESCRIPTOR)
+            acc = multiply(acc, residual_skip, 0, rows, residual_weight, row, n0, R2, 1, N, COLUMNS, DEPTH, False, WEIGHT_TMA)
     elif residual is not None:
         acc += tl.load(residual + addresses, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + addresses, acc.to(out.dtype.element_ty), mask=inside)
@@ -186,7 +186,7 @@ def fuse_block(
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,
         "DEPTH": tile.depth,
-        "WEIGHT_DESCRIPTOR": descriptors,
+        "WEIGHT_TMA": descriptors,
     }
     grid = (triton.cdiv(x.batch, samples_per_tile(tile, x.length)) * triton.cdiv(columns, tile.columns),)
     return Launch(block_kernel, grid, arguments, tile.warps, tile.stages)

@@ -24,27 +24,27 @@ def multiply(
     C: tl.constexpr,
     TAPS: tl.constexpr,
     N: tl.constexpr,  # columns of the matrix
+    COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
-    X_DESCRIPTOR: tl.constexpr,
-    WEIGHT_DESCRIPTOR: tl.constexpr,
+    X_TMA: tl.constexpr,
+    WEIGHT_TMA: tl.constexpr,
 ):
     """acc [ROWS, COLUMNS] + (TAPS rows of x, C channels each) @ (rows of the matrix from weight_row, columns from n0)."""
-    COLUMNS: tl.constexpr = acc.shape[1]
     k = tl.arange(0, DEPTH)
     n = n0 + tl.arange(0, COLUMNS)
-    if not X_DESCRIPTOR:
+    if not X_TMA:
         x_tile = x + rows.to(tl.int64)[:, None] * C + k[None, :]
-    if not WEIGHT_DESCRIPTOR:
+    if not WEIGHT_TMA:
         weight_tile = weight + (weight_row + k)[:, None] * N + n[None, :]
     for step in range(tl.cdiv(TAPS * C, DEPTH)):
         k0 = step * DEPTH
-        if X_DESCRIPTOR:
+        if X_TMA:
             a = x.load([row + k0 // C, k0 % C])
         elif TAPS * C % DEPTH == 0:
             a = tl.load(x_tile + k0)
         else:  # beyond the last tap the matrix is zero, but what lies there in x may not even be a number
             a = tl.load(x_tile + k0, mask=(k0 + k)[None, :] < TAPS * C, other=0.0)
-        if WEIGHT_DESCRIPTOR:
+        if WEIGHT_TMA:
             b = weight.load([weight_row + k0, n0])
         elif N % COLUMNS == 0:
             b = tl.load(weight_tile + k0 * N)

@@ -103,7 +103,7 @@ def adam_average(
     wanted = {name: (tensor, torch.float32) for name, tensor in {"weight": weight, **others}.items()}
     wanted |= {"gradient": (gradient, kind)} | ({} if copy is None else {"copy": (copy, kind)})
     for name, (tensor, dtype) in wanted.items():
-        if tensor.shape != weight.shape or tensor.stride() != weight.stride() or tensor.device.type != "cpu":
+        if tensor.shape != weight.shape or _layout(tensor) != _layout(weight) or tensor.device.type != "cpu":
             raise DydiffError(
                 f"adam_average needs `{name}` on the CPU with the weight's shape {list(weight.shape)} and strides "
                 f"{weight.stride()}, not {list(tensor.shape)} and {tensor.stride()} on {tensor.device}."
@@ -118,6 +118,11 @@ def adam_average(
     gradients = (gradient.data_ptr(), 0, 0) if copy is None else (0, gradient.data_ptr(), copy.data_ptr())
     threads = torch.get_num_threads()
     _native.training.adam_average(*state, *gradients, weight.numel(), *coefficients.arguments(), threads)
+
+
+def _layout(tensor: Tensor) -> list[int]:
+    """The strides that matter: those of dimensions with more than one entry."""
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -103,7 +103,8 @@ class TwoPassBlocks:
 
     def leave(self, x: Activation, final_block: ConvBlock, final_conv: Convolution) -> Tensor:
         hidden = self.conv_block((x,), final_block)
-        return self.convolve((hidden,), final_conv, Form(dtype=torch.float32)).view(x.batch, x.length, -1)
+        y = self.convolve((hidden,), final_conv, Form(dtype=torch.float32))  # [B H, D]
+        return y.view(x.batch, x.length, y.shape[1])
 
     def conv_block(
         self,

@@ -184,13 +184,18 @@ def test_checkpoint_of_another_kind_or_dataset(run_stage, dataset, dataset_file,
     product = {read_run(file.parent)["kind"]: file for file in trained.glob("*/model.safetensors")}
     swapped = f"--set=diff_model_params.model_paths={product['reward model']}"
     check_refusal(
-        run_stage("td3_bc", dataset, "--device=cpu", swapped), "holds a reward model, but a diffusion model is needed"
+        run_stage("td3_bc", dataset, "--device=cpu", swapped, root=trained),
+        "holds a reward model, but a diffusion model is needed",
     )
     with h5py.File(dataset_file, "a") as file:
         file["rewards"][0] += 1
     check_refusal(run_stage("td3_bc", dataset_file, root=trained), "No finished diffusion model run", "copy.hdf5")
-    given = f"--set=diff_model_params.model_paths={product['diffusion model']}"
-    check_refusal(run_stage("td3_bc", dataset_file, "--device=cpu", given), f"was trained on dataset '{DATASET}'")
+    given = [
+        f"--set=diff_model_params.model_paths={product['diffusion model']}",
+        f"--set=dyn_model_params.load_path={product['dynamics model']}",
+        f"--set=model_params.load_path={product['reward model']}",
+    ]
+    check_refusal(run_stage("td3_bc", dataset_file, "--device=cpu", *given), f"was trained on dataset '{DATASET}'")
 
 
 def test_unwritable_folders(command, run_stage, dataset, tmp_path):

@@ -272,12 +272,12 @@ def test_half_life_of_the_average_is_bounded(windows):
     trainer = make_trainer(windows, half_life=100.0, batch_size=100, duration=10_000)
     trainer.seen = 9_000
     average = weights(trainer.ema)
-    trainer._update_ema()
+    trainer.update.average(trainer._ema_rate())
     torch.testing.assert_close(weights(trainer.ema), average)
     with torch.no_grad():
         for parameter in trainer.denoiser.parameters():
             parameter += 1
-    trainer._update_ema()
+    trainer.update.average(trainer._ema_rate())
     torch.testing.assert_close(weights(trainer.ema), average + 0.5, rtol=1e-4, atol=1e-5)
 
 

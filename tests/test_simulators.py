@@ -16,6 +16,7 @@ from dydiff.data import dataset_from_arrays
 from dydiff.environments import D4RL_LOCOMOTION, ENVIRONMENTS, environment_spec
 from dydiff.errors import DydiffError
 from dydiff.evaluate import evaluate
+from dydiff.models import POLICY
 from dydiff.stages import load_problem
 
 MODERN = tuple(int(part) for part in mujoco.__version__.split(".")[:2]) >= (3, 5)
@@ -156,8 +157,7 @@ class OldHopper:
 @pytest.fixture
 def legacy(monkeypatch):
     gym = ModuleType("gym")
-    gym.make = {"hopper-medium-v2": OldHopper}.__getitem__
-    gym.make = lambda name, make=gym.make: make(name)()
+    gym.make = lambda name: {"hopper-medium-v2": OldHopper}[name]()
     monkeypatch.setitem(sys.modules, "gym", gym)
     monkeypatch.setitem(sys.modules, "d4rl", ModuleType("d4rl"))
 
@@ -221,6 +221,6 @@ def test_runs_keep_the_simulators_name(command, tmp_path, monkeypatch):
     (run,) = (tmp_path / "runs").iterdir()
     expected = f"d4rl-compat, MuJoCo {mujoco.__version__}"
     assert json.loads((run / "run.json").read_text())["simulator"] == expected
-    assert load_checkpoint(run / "agent.safetensors")[1]["simulator"] == expected
+    assert load_checkpoint(run / "agent.safetensors", POLICY)[1]["simulator"] == expected
     outcome = command("run", "-e", file, "--device=cpu", f"--outdir={tmp_path / 'runs'}", "--set=env_specs.backend=v4")
     assert outcome.status == 1 and "No simulator 'v4' of hopper" in outcome.errors

@@ -70,7 +70,8 @@ def _read_hdf5(path: Path, wanted: Collection[str] | None) -> list[tuple[str, np
             found.append((key, np.asarray(node[()] if scalar or _is_wanted(key, wanted) else np.empty(0))))
 
     try:
-        with h5py.File(path, "r") as file:
+        # No lock: datasets are put in place whole and never changed, and many network file systems cannot lock.
+        with h5py.File(path, "r", locking=False) as file:
             file.visititems(visit)
     except (OSError, RuntimeError, KeyError) as error:
         raise DydiffError(

@@ -9,23 +9,29 @@ from typing import Any
 import torch
 
 from dydiff.data import Windows
+from dydiff.device import has_fast_bf16
 from dydiff.diffusion.edm import Denoiser, draw_sigma, edm_loss
+from dydiff.diffusion.update import Update
 from dydiff.errors import DydiffError
+from dydiff.networks.training_unet import TrainingUNet
+from dydiff.networks.unet import UNet
 
 RAMP_SAMPLES = 10e6  # the learning rate grows linearly over the first 10 M samples
 EMA_RAMP = 0.05  # early on, the EMA's half-life is this fraction of the samples seen
-INFINITE_GRADIENT = 1e5  # what an infinite gradient becomes
+PRECISIONS = ("auto", "float32", "bf16")
 
 
 class DiffusionTrainer:
     """Trains a denoiser on windows of the dataset, one tick (some thousand samples) at a time; a stage for `runs.drive`.
 
     `duration` and `tick` count samples; `half_life` is the EMA's in samples; `micro_batch` splits a batch to save memory;
+    `precision` is that of the matrix products: `float32` is plain PyTorch throughout, `bf16` for UNet_RL only (weights, their
+    update and the loss stay float32), `auto` takes bf16 where the processor multiplies it in hardware.
     `describe` is the manifest that is stored beside the weights. The EMA weights are the model, which is
     written every `snapshot_ticks` ticks (0: only at the end).
 
     Raises:
-        DydiffError: the loss is no longer finite (names the number of samples seen).
+        DydiffError: the precision does not suit the network; or the loss is no longer finite (names the number of samples seen).
     """
 
     def __init__(
@@ -44,8 +50,15 @@ class DiffusionTrainer:
         use_cond: bool = True,
         cond_on_action: bool = True,
         on_batch: Callable[[int], None] = lambda samples: None,
+        precision: str = "float32",
     ):
         self.denoiser = denoiser.train().requires_grad_(True)
+        self.precision = choose_precision(precision, denoiser)
+        # What computes: the denoiser itself, or one on the same weights with products in bfloat16.
+        self.learner, copies = denoiser, {}
+        if self.precision == "bf16":
+            network = TrainingUNet(denoiser.network)
+            self.learner, copies = Denoiser(network, denoiser.observation_dim, denoiser.sigma_data), network.copies
         self.ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
         self.windows = windows
         self.describe = describe
@@ -59,7 +72,7 @@ class DiffusionTrainer:
         self.use_cond = use_cond
         self.cond_on_action = cond_on_action
         self.on_batch = on_batch
-        self.optimizer = torch.optim.Adam(denoiser.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-8)
+        self.update = Update(list(denoiser.parameters()), list(self.ema.parameters()), copies)
         self.generator = torch.Generator(windows.device).manual_seed(seed)
         self.epoch = 0  # ticks done
         self.seen = 0  # samples seen
@@ -84,13 +97,11 @@ class DiffusionTrainer:
                 f"The diffusion loss is {loss} after {self.seen:,} samples. Lower --lr, or check the dataset for outliers; the "
                 "last saved state of the run is from before this."
             )
-        return {"loss": loss, "lr": self.optimizer.param_groups[0]["lr"], "kimg": self.seen / 1000}
+        return {"loss": loss, "lr": self.update.adam.param_groups[0]["lr"], "kimg": self.seen / 1000}
 
     def _step(self) -> torch.Tensor:
         """One batch; returns the mean loss per element without waiting for the device."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * min(self.seen / RAMP_SAMPLES, 1)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.update.clear_gradients()
         generator, device = self.generator, self.windows.device
         mean = torch.zeros((), device=device)
         # Drawn for the whole batch, so that splitting it changes nothing.
@@ -99,22 +110,18 @@ class DiffusionTrainer:
         noises = torch.randn(self.batch_size, self.windows.horizon, self.windows.dim, generator=generator, device=device)
         for rows, sigma, noise in zip(*(values.split(self.micro_batch) for values in (index, sigmas, noises)), strict=True):
             clean = self.windows.gather(rows)  # [B, H, D]
-            loss = edm_loss(self.denoiser, clean, sigma, noise, self.use_cond, self.cond_on_action)
+            loss = edm_loss(self.learner, clean, sigma, noise, self.use_cond, self.cond_on_action)
             (loss.sum() / self.batch_size).backward()
             mean += loss.detach().sum() / (self.batch_size * clean[0].numel())
-        for parameter in self.denoiser.parameters():
-            if parameter.grad is not None:
-                torch.nan_to_num(parameter.grad, nan=0, posinf=INFINITE_GRADIENT, neginf=-INFINITE_GRADIENT, out=parameter.grad)
-        self.optimizer.step()
+        lr = self.lr * min(self.seen / RAMP_SAMPLES, 1)
         self.seen += self.batch_size
-        self._update_ema()
+        self.update.step(lr, self._ema_rate())
         return mean
 
-    @torch.no_grad()
-    def _update_ema(self) -> None:
+    def _ema_rate(self) -> float:
+        """How far the average moves to the weights after a batch."""
         half_life = min(self.half_life, EMA_RAMP * self.seen)
-        beta = 0.5 ** (self.batch_size / max(half_life, 1e-8))
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.denoiser.parameters()), 1 - beta)
+        return 1 - 0.5 ** (self.batch_size / max(half_life, 1e-8))
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -122,7 +129,7 @@ class DiffusionTrainer:
             "seen": self.seen,
             "denoiser": self.denoiser.state_dict(),
             "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.update.state_dict(),
             "generator": self.generator.get_state(),
         }
 
@@ -130,7 +137,7 @@ class DiffusionTrainer:
         self.epoch, self.seen = state["epoch"], state["seen"]
         self.denoiser.load_state_dict(state["denoiser"])
         self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.update.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
 
     def save_products(self, save: Callable[[str, str, Any, dict], None], final: bool) -> None:
@@ -139,3 +146,19 @@ class DiffusionTrainer:
             save("model.safetensors", "diffusion model", tree, self.describe)
         elif self.snapshot_ticks and self.epoch % self.snapshot_ticks == 0:
             save(f"snapshot-{self.seen // 1000:06d}.safetensors", "diffusion model", tree, self.describe)
+
+
+def choose_precision(precision: str, denoiser: Denoiser) -> str:
+    """The precision of the products, `float32` or `bf16`, that a name of `PRECISIONS` stands for with this network and device.
+
+    Raises:
+        DydiffError: unknown name, or bf16 for another network than UNet_RL.
+    """
+    if precision not in PRECISIONS:
+        raise DydiffError(f"Precision '{precision}' is unknown; choose one of {', '.join(PRECISIONS)}.")
+    fits = isinstance(denoiser.network, UNet)
+    if precision == "auto":
+        return "bf16" if fits and has_fast_bf16(next(denoiser.parameters()).device) else "float32"
+    if precision == "bf16" and not fits:
+        raise DydiffError("--precision bf16 is for UNet_RL only; use --precision auto or float32.")
+    return precision

@@ -184,7 +184,7 @@ class DataUnpickler(pickle._Unpickler):
     def call(self, function: Any, arguments: Any) -> None:
         """Put the result of a call on the stack: of a rebuilder above, or a record."""
         if not isinstance(function, Global) or function.path in STORAGES:
-            self.refuse(f"calls {function.path if isinstance(function, Global) else 'what another call returned'!r}")
+            self.refuse(f"calls '{function.path}'" if isinstance(function, Global) else "calls what is not a name")
         if type(arguments) is not tuple:
             raise ValueError("a call without a tuple of arguments")
         rebuild = self.rebuilders.get(function.path)

@@ -1,0 +1,92 @@
+"""The update of the diffusion model's weights: gradient repair, Adam and the moving average (SPEC section 3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dydiff.kernels import training_cpu
+
+BETAS, EPSILON = (0.9, 0.999), 1e-8
+INFINITE_GRADIENT = 1e5  # what an infinite gradient becomes
+
+
+class Update:
+    """Adam on the weights and their moving average; NaN gradients count as 0, infinite ones as +-1e5.
+
+    `copies` maps weights to bfloat16 copies whose gradients count in their place, and which follow them. With copies on a CPU the
+    compiled pass does everything (kernels/training_cpu.py); otherwise PyTorch does, operator by operator, with the same results to
+    rounding. The state is that of `torch.optim.Adam` in both cases.
+    """
+
+    def __init__(self, weights: list[nn.Parameter], averages: list[Tensor], copies: dict[nn.Parameter, Tensor]):
+        self.weights = weights
+        self.averages = averages
+        self.copies = copies
+        self.adam = torch.optim.Adam(weights, betas=BETAS, eps=EPSILON, fused=True)
+        on_cpu = all(weight.device.type == "cpu" for weight in weights)
+        self.in_one_pass = bool(copies) and on_cpu and not training_cpu.why_unavailable()
+
+    def clear_gradients(self) -> None:
+        for tensor in (*self.weights, *self.copies.values()):
+            tensor.grad = None
+
+    def step(self, lr: float, rate: float) -> None:
+        """Move the weights by one step of Adam with learning rate `lr`, then the average by `rate` of its distance to them."""
+        for group in self.adam.param_groups:
+            group["lr"] = lr
+        if self.in_one_pass:
+            self._step_in_one_pass(lr, rate)
+        else:
+            self._step_by_operators()
+            self.average(rate)
+
+    @torch.no_grad()
+    def average(self, rate: float) -> None:
+        """Move the average by `rate` of its distance to the weights."""
+        torch._foreach_lerp_(self.averages, self.weights, rate)
+
+    @torch.no_grad()
+    def _step_by_operators(self) -> None:
+        for weight, copy in self.copies.items():
+            weight.grad = None if copy.grad is None else copy.grad.float()
+        for weight in self.weights:
+            if weight.grad is not None:
+                torch.nan_to_num(weight.grad, nan=0, posinf=INFINITE_GRADIENT, neginf=-INFINITE_GRADIENT, out=weight.grad)
+        self.adam.step()
+        if self.copies:
+            torch._foreach_copy_(list(self.copies.values()), list(self.copies))
+
+    def _step_in_one_pass(self, lr: float, rate: float) -> None:
+        for weight, average in zip(self.weights, self.averages, strict=True):
+            copy = self.copies.get(weight)
+            gradient = weight.grad if copy is None else copy.grad
+            state = self._state_of(weight)
+            state["step"] += 1
+            step = int(state["step"])
+            coefficients = training_cpu.AdamCoefficients(lr, *BETAS, EPSILON, step, rate, INFINITE_GRADIENT)
+            moments = state["exp_avg"], state["exp_avg_sq"]
+            training_cpu.adam_average(weight, *moments, average, gradient, copy, coefficients)
+
+    def _state_of(self, weight: nn.Parameter) -> dict[str, Tensor]:
+        """Adam's state of a weight, as Adam itself would begin it."""
+        state = self.adam.state[weight]
+        if not state:
+            zeros = torch.zeros_like(weight, memory_format=torch.preserve_format)
+            state.update(step=torch.zeros(()), exp_avg=zeros, exp_avg_sq=zeros.clone(memory_format=torch.preserve_format))
+        return state
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.adam.state_dict()
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state; the weights themselves must have been loaded before."""
+        self.adam.load_state_dict(state)
+        for weight, own in self.adam.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):  # what comes from a file is contiguous, the weight may be laid out otherwise
+                own[name] = torch.empty_like(weight).copy_(own[name])
+        if self.copies:
+            torch._foreach_copy_(list(self.copies.values()), list(self.copies))

@@ -1,0 +1,474 @@
+"""Getting datasets from elsewhere: D4RL files from a server that fails in many ways, Minari, and the legacy package."""
+
+from __future__ import annotations
+
+import io
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import ModuleType, SimpleNamespace
+
+import h5py
+import numpy as np
+import pytest
+
+from dydiff.data import dataset_path, dataset_url, download, legacy_reader, load_dataset, normalized_score
+from dydiff.errors import DydiffError
+from dydiff.stages import load_problem
+
+NAME = "hopper-medium-v2"
+ROWS = 400
+
+
+def make_arrays(observation_dim=11, seed=0):
+    generator = np.random.default_rng(seed)
+    return {
+        "observations": generator.normal(size=(ROWS, observation_dim)).astype(np.float32),
+        "actions": generator.uniform(-1, 1, (ROWS, 3)).astype(np.float32),
+        "rewards": generator.normal(size=ROWS).astype(np.float32),
+        "terminals": np.arange(ROWS) % 40 == 39,
+        "timeouts": np.zeros(ROWS, bool),
+    }
+
+
+def make_file(arrays) -> bytes:
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        for key, values in arrays.items():
+            file[key] = values
+    return buffer.getvalue()
+
+
+@dataclass
+class Server:
+    """What the server on loopback does, and what it was asked."""
+
+    content: bytes
+    version: str | None = '"1"'  # ETag
+    ranges: bool = True
+    length: int | None = 0  # announced beyond the truth; None: no length at all
+    cuts: list[int] = field(default_factory=list)  # bytes after which the next connections break
+    status: list[int] = field(default_factory=list)  # answers to the next connections
+    page: bytes | None = None
+    requests: list[dict[str, str]] = field(default_factory=list)
+    url: str = ""
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        state: Server = self.server.state
+        state.requests.append({"path": self.path, **self.headers})
+        if state.status:
+            self.send_error(state.status.pop(0))
+            return
+        body, start = state.page or state.content, 0
+        wanted = self.headers.get("Range")
+        if wanted and state.ranges and self.headers.get("If-Range", state.version) == state.version:
+            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+            if start >= len(body):
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(body)}")
+                self.end_headers()
+                return
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        else:
+            self.send_response(200)
+        if state.length is not None:
+            self.send_header("Content-Length", str(len(body) - start + state.length))
+        if state.version:
+            self.send_header("ETag", state.version)
+        self.end_headers()
+        self.wfile.write(body[start : start + state.cuts.pop(0)] if state.cuts else body[start:])
+
+    def log_message(self, format, *arguments):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "datasets"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(download, "PAUSE", 0.0)
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http.state = Server(make_file(make_arrays()), url=f"http://127.0.0.1:{http.server_port}/mirror/")
+    monkeypatch.setenv("DYDIFF_D4RL_URL", http.state.url)
+    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield http.state
+    http.shutdown()
+    thread.join()
+    http.server_close()
+
+
+def check_whole(server):
+    path = dataset_path(NAME)
+    assert path.read_bytes() == server.content
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name], "something was left behind"
+
+
+def leftovers():
+    folder = dataset_path(NAME).parent
+    return sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
+
+
+def test_download(command, server):
+    outcome = command("data", "download", NAME)
+    assert outcome.status == 0 and str(dataset_path(NAME)) in outcome.output
+    check_whole(server)
+    assert [request["path"] for request in server.requests] == ["/mirror/gym_mujoco_v2/hopper_medium-v2.hdf5"]
+    assert load_dataset(NAME).observation_dim == 11
+    assert command("data", "download", NAME).status == 0 and len(server.requests) == 1  # it is there
+
+
+@pytest.mark.parametrize("version", ['"1"', None, 'W/"1"'])
+def test_dropped_connections_are_resumed(server, version):
+    server.version = version
+    server.cuts = [1, 3, 2000, 0, 5000]
+    download.download_dataset(NAME)
+    check_whole(server)
+    assert [request.get("Range") for request in server.requests] == [
+        None,
+        *(f"bytes={start}-" for start in (1, 4, 2004, 2004, 7004)),
+    ]
+    assert all(request.get("If-Range") == '"1"' for request in server.requests[1:]) == (version == '"1"')
+
+
+def test_server_without_ranges_starts_over(server):
+    server.ranges = False
+    server.cuts = [3000, 4000]
+    download.download_dataset(NAME)
+    check_whole(server)
+
+
+def test_download_goes_on_in_another_process(server, monkeypatch):
+    server.cuts = [3000] + [0] * 5
+    with pytest.raises(DydiffError, match=r"the connection ended after 3,000 of [\d,]+ bytes.*DYDIFF_D4RL_URL.*by|put"):
+        download.download_dataset(NAME)
+    assert leftovers() == ["hopper_medium-v2.hdf5.part", "hopper_medium-v2.hdf5.part.tag"]
+    download.download_dataset(NAME)
+    check_whole(server)
+    assert server.requests[-1]["Range"] == "bytes=3000-"
+
+
+def test_changed_file_is_not_patched_together(server):
+    server.cuts = [3000] + [0] * 5
+    with pytest.raises(DydiffError):
+        download.download_dataset(NAME)
+    server.content, server.version = make_file(make_arrays(seed=1)), '"2"'
+    download.download_dataset(NAME)
+    check_whole(server)
+
+
+def test_partial_file_longer_than_the_file(server):
+    part = dataset_path(NAME).with_name("hopper_medium-v2.hdf5.part")
+    part.parent.mkdir()
+    part.write_bytes(bytes(len(server.content) + 7))
+    download.download_dataset(NAME)
+    check_whole(server)
+
+
+def test_partial_file_that_is_whole(server):
+    part = dataset_path(NAME).with_name("hopper_medium-v2.hdf5.part")
+    part.parent.mkdir()
+    part.write_bytes(server.content)
+    download.download_dataset(NAME)
+    check_whole(server)
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("length", [5000, None])
+def test_wrong_and_missing_lengths(server, length):
+    server.length = length
+    download.download_dataset(NAME)  # the rest does not exist, as the server itself says when asked for it
+    check_whole(server)
+
+
+def test_length_that_is_never_reached(server):
+    server.length, server.ranges = 5000, False
+    with pytest.raises(DydiffError, match="the connection ended after"):
+        download.download_dataset(NAME)
+    assert dataset_path(NAME).exists() is False
+    assert len(server.requests) <= download.PATIENCE + 1
+
+
+@pytest.mark.parametrize("length", [0, None])
+def test_truncated_file_is_refused(server, length):
+    server.content, server.length = server.content[:-2000], length
+    with pytest.raises(DydiffError, match="is not the dataset 'hopper-medium-v2' and was removed.*truncated or damaged"):
+        download.download_dataset(NAME)
+    assert leftovers() == []
+
+
+def test_pages_are_refused(server):
+    server.page = b"<html>we are moving</html>"
+    with pytest.raises(DydiffError, match="is not an HDF5 file"):
+        download.download_dataset(NAME)
+    assert leftovers() == [] and len(server.requests) == 1
+
+
+@pytest.mark.parametrize("status", [404, 403])
+def test_refusals_are_final(server, status):
+    server.status = [status]
+    with pytest.raises(DydiffError, match=f"answers {status} .*hopper_medium-v2.hdf5"):
+        download.download_dataset(NAME)
+    assert leftovers() == [] and len(server.requests) == 1
+
+
+def test_failures_of_the_moment_are_not(server):
+    server.status = [503, 500, 429]
+    download.download_dataset(NAME)
+    check_whole(server)
+    dataset_path(NAME).unlink()
+    server.status = [503] * 10
+    with pytest.raises(DydiffError, match="it answers 503"):
+        download.download_dataset(NAME)
+    assert len(server.status) == 10 - download.PATIENCE
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rewards": None}, "lacks rewards"),
+        ({"observations": np.zeros((ROWS, 17))}, "17 observation and 3 action columns, but hopper has 11 and 3"),
+        ({"actions": np.full((ROWS, 3), np.nan)}, "actions holds NaN"),
+    ],
+)
+def test_schema_is_checked(server, change, words):
+    arrays = {key: values for key, values in {**make_arrays(), **change}.items() if values is not None}
+    server.content = make_file(arrays)
+    with pytest.raises(DydiffError, match=words):
+        download.download_dataset(NAME)
+    assert leftovers() == []
+
+
+def test_no_server(server, monkeypatch):
+    monkeypatch.setenv("DYDIFF_D4RL_URL", "http://127.0.0.1:9/")
+    with pytest.raises(DydiffError) as caught:
+        download.download_dataset(NAME)
+    for part in ("http://127.0.0.1:9/gym_mujoco_v2/hopper_medium-v2.hdf5", "refused", str(dataset_path(NAME).parent)):
+        assert part in str(caught.value)
+    monkeypatch.setenv("DYDIFF_D4RL_URL", "file:///etc/")
+    with pytest.raises(DydiffError, match="must be an address"):
+        download.download_dataset(NAME)
+
+
+def test_silent_server_times_out(server, monkeypatch):
+    monkeypatch.setattr(download, "TIMEOUT", 0.05)
+    monkeypatch.setattr(Handler, "do_GET", lambda self: time.sleep(0.2))
+    with pytest.raises(DydiffError, match="timed out"):
+        download.download_dataset(NAME)
+
+
+def test_full_disk_is_told_before(server, monkeypatch):
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(DydiffError, match="MB are free"):
+        download.download_dataset(NAME)
+    assert leftovers() == []
+
+
+def test_several_at_once_download_once(server):
+    server.cuts = [2000]
+    threads = [threading.Thread(target=download.download_dataset, args=(NAME,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    check_whole(server)
+    assert len(server.requests) == 2
+
+
+def test_folder_that_cannot_be_written(server, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "file"))
+    with pytest.raises(DydiffError, match="Cannot write to.*D4RL_DATASET_DIR"):
+        download.download_dataset(NAME)
+
+
+def test_loading_downloads_only_when_asked(server, monkeypatch):
+    with pytest.raises(DydiffError, match="dydiff data download hopper-medium-v2"):
+        load_dataset(NAME)
+    assert server.requests == []
+    assert len(load_dataset(NAME, download=True)) == ROWS
+    dataset_path(NAME).unlink()
+    monkeypatch.setenv("DYDIFF_DOWNLOAD", "1")
+    assert len(load_dataset(NAME)) == ROWS
+    with pytest.raises(DydiffError, match="is not on this machine"):
+        load_dataset("hopper-random-local")  # which nobody serves
+
+
+def test_local_names_are_not_downloaded(server):
+    with pytest.raises(DydiffError, match="dydiff collect hopper-random-local"):
+        download.download_dataset("hopper-random-local")
+    with pytest.raises(DydiffError, match="Unknown dataset"):
+        download.download_dataset("hoper-medium-v2")
+
+
+def test_address_without_a_mirror(monkeypatch):
+    monkeypatch.delenv("DYDIFF_D4RL_URL", raising=False)
+    assert dataset_url("hopper-medium-v0").startswith("http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco/hopper")
+
+
+# Minari
+
+MINARI_ID = "mujoco/hopper/medium-v0"
+
+
+def make_episode(steps, width=11, terminated=False, truncated=False, seed=0, entries=None):
+    generator = np.random.default_rng(seed)
+    observations = generator.normal(size=(steps + 1, width))
+    return SimpleNamespace(
+        observations=observations if entries is None else {key: observations[:, part] for key, part in entries.items()},
+        actions=generator.uniform(-1, 1, (steps, 3)).astype(np.float32),
+        rewards=generator.normal(size=steps),
+        terminations=np.arange(steps) == (steps - 1 if terminated else -1),
+        truncations=np.arange(steps) == (steps - 1 if truncated else -1),
+    )
+
+
+@pytest.fixture
+def minari(monkeypatch):
+    """A stand-in for the package, with two datasets."""
+    episodes = [make_episode(5, terminated=True, seed=1), make_episode(4, truncated=True, seed=2), make_episode(3, seed=3)]
+    parts = {"observation": slice(2, 6), "achieved_goal": slice(0, 2)}
+    sets = {
+        MINARI_ID: ("Hopper-v5", episodes),
+        "D4RL/pointmaze/umaze-v2": ("PointMaze_UMaze-v3", [make_episode(4, 6, entries=parts)]),
+        "my/empty-v0": (None, []),
+    }
+    here = set(sets)
+
+    def load(minari_id, download):
+        if minari_id not in sets:
+            raise ValueError("no such dataset")
+        if minari_id not in here and not download:
+            raise FileNotFoundError(minari_id)
+        here.add(minari_id)
+        environment, episodes = sets[minari_id]
+        spec = SimpleNamespace(env_spec=SimpleNamespace(id=environment) if environment else None)
+        return SimpleNamespace(spec=spec, iterate_episodes=lambda: iter(episodes))
+
+    module = ModuleType("minari")
+    module.__version__, module.load_dataset, module.here, module.episodes = "0.0", load, here, episodes
+    monkeypatch.setitem(sys.modules, "minari", module)
+    return module
+
+
+def test_minari_becomes_d4rls_schema(minari):
+    dataset = load_dataset(MINARI_ID)
+    assert len(dataset) == 12
+    np.testing.assert_array_equal(np.flatnonzero(dataset.terminals), [4])
+    np.testing.assert_array_equal(np.flatnonzero(dataset.timeouts), [8, 11])  # the last episode just stops
+    second = minari.episodes[1]
+    np.testing.assert_allclose(dataset.observations[5:9], second.observations[:-1], rtol=1e-6)
+    np.testing.assert_allclose(dataset.next_observations[5:9], second.observations[1:], rtol=1e-6)
+    np.testing.assert_allclose(dataset.rewards[5:9], second.rewards, rtol=1e-6)
+    assert (dataset.environment, dataset.backend) == ("hopper", "gymnasium-v5")
+    assert load_problem(MINARI_ID).simulator.startswith("gymnasium-v5")
+    assert normalized_score(MINARI_ID, 3484.0) is None  # D4RL's reference returns are not for these data
+
+
+def test_minari_data_cannot_pass_for_d4rl(command, minari, tmp_path, monkeypatch):
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
+    target = tmp_path / "hopper_medium-v2.hdf5"
+    assert command("data", "convert", MINARI_ID, target).status == 0
+    with pytest.raises(DydiffError, match="made by `Minari`, so it is not the D4RL dataset"):
+        load_dataset(NAME)
+    assert load_dataset(target).fingerprint == load_dataset(MINARI_ID).fingerprint
+
+
+def test_minari_dictionaries_become_vectors(minari):
+    dataset = load_dataset("D4RL/pointmaze/umaze-v2")
+    assert dataset.observation_dim == 6 and dataset.environment == "PointMaze_UMaze-v3" and dataset.backend is None
+    np.testing.assert_allclose(dataset.observations, make_episode(4, 6).observations[:-1], rtol=1e-6)  # alphabetical
+
+
+def test_minari_failures(command, minari, monkeypatch):
+    minari.here.clear()
+    with pytest.raises(DydiffError, match=f"dydiff data download {MINARI_ID}"):
+        load_dataset(MINARI_ID)
+    assert command("data", "download", MINARI_ID).status == 0
+    assert len(load_dataset(MINARI_ID)) == 12
+    with pytest.raises(DydiffError, match="holds no steps"):
+        load_dataset("my/empty-v0", download=True)
+    with pytest.raises(DydiffError, match="no such dataset"):
+        load_dataset("my/other-v0")
+    assert "no such dataset" in command("data", "download", "my/other-v0").errors
+    minari.here.add(MINARI_ID)
+    minari.episodes[0].observations = np.array([["text"]] * 6)
+    with pytest.raises(DydiffError, match="are not numbers"):
+        load_dataset(MINARI_ID)
+    monkeypatch.setitem(sys.modules, "minari", None)
+    with pytest.raises(DydiffError, match=r"dydiff\[minari\].*must end in .hdf5"):
+        load_dataset(MINARI_ID)
+
+
+def test_minari_itself(monkeypatch, tmp_path):
+    """The stand-in says what the package does, where that is installed."""
+    minari = pytest.importorskip("minari")
+    from gymnasium import spaces
+    from minari.data_collector import EpisodeBuffer
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    episodes = [make_episode(5, terminated=True, seed=1), make_episode(4, truncated=True, seed=2)]
+    buffers = [
+        EpisodeBuffer(
+            id=number,
+            observations=list(episode.observations),
+            actions=list(episode.actions),
+            rewards=episode.rewards.tolist(),
+            terminations=episode.terminations.tolist(),
+            truncations=episode.truncations.tolist(),
+            infos=None,
+        )
+        for number, episode in enumerate(episodes)
+    ]
+    minari.create_dataset_from_buffers(
+        "my/hopper/test-v0",
+        buffer=buffers,
+        env="Hopper-v5",
+        observation_space=spaces.Box(-np.inf, np.inf, (11,), np.float64),
+        action_space=spaces.Box(-1, 1, (3,), np.float32),
+    )
+    dataset = load_dataset("my/hopper/test-v0")
+    expected = np.concatenate([episode.observations[1:] for episode in episodes])
+    np.testing.assert_allclose(dataset.next_observations, expected, rtol=1e-6)
+    assert (len(dataset), dataset.environment, dataset.backend) == (9, "hopper", "gymnasium-v5")
+    with pytest.raises(DydiffError, match="dydiff data download my/hopper/other-v0"):
+        load_dataset("my/hopper/other-v0")
+
+
+# The legacy package
+
+
+@pytest.fixture
+def legacy(monkeypatch):
+    def make(name):
+        if name != "pen-human-v1":
+            raise ValueError(f"{name} is not registered")
+        values = {**make_arrays(), "metadata/algorithm": b"demonstrations", "metadata/weight": np.zeros((2, 2))}
+        return SimpleNamespace(get_dataset=lambda: values, close=lambda: None)
+
+    gym = ModuleType("gym")
+    gym.make = make
+    monkeypatch.setitem(sys.modules, "gym", gym)
+    monkeypatch.setitem(sys.modules, "d4rl", ModuleType("d4rl"))
+
+
+def test_names_that_only_the_legacy_package_knows(legacy):
+    dataset = load_dataset("pen-human-v1")
+    np.testing.assert_array_equal(dataset.actions, make_arrays()["actions"])
+    assert dataset.metadata == {"source": "d4rl package", "algorithm": "demonstrations"}
+    with pytest.raises(DydiffError, match="Unknown dataset 'pen-humn-v1'.*is not registered"):
+        load_dataset("pen-humn-v1")
+
+
+def test_broken_legacy_package_is_passed_over(monkeypatch):
+    def fail(name):
+        raise Exception("You appear to be missing MuJoCo")
+
+    monkeypatch.setattr(legacy_reader.importlib, "import_module", fail)
+    with pytest.raises(DydiffError, match="Unknown dataset 'pen-human-v1'"):
+        load_dataset("pen-human-v1")
