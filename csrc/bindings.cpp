@@ -77,11 +77,13 @@ void bind_training(py::module_ m) {
                                      pointer(dweight), pointer(dbias), batch, length, channels, num_threads);
     }, release);
     m.def("adam_average", [](Address p, Address m, Address v, Address average, Address gradient, Address low_gradient,
-                             Address low_copy, int64_t count, float beta_1, float beta_2, float epsilon, float step_size,
-                             float root_correction_2, float rate, float limit, int num_threads) {
+                             Address low_copy, int64_t count, float one_minus_beta_1, float beta_2, float one_minus_beta_2,
+                             float epsilon, float step_size, float root_correction_2, float rate, float limit,
+                             int num_threads) {
         training::adam_average(pointer(p), pointer(m), pointer(v), pointer(average), pointer(gradient), halves(low_gradient),
                                halves(low_copy), count,
-                               {beta_1, beta_2, epsilon, step_size, root_correction_2, rate, limit}, num_threads);
+                               {one_minus_beta_1, beta_2, one_minus_beta_2, epsilon, step_size, root_correction_2, rate, limit},
+                               num_threads);
     }, release);
 }
 

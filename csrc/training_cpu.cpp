@@ -91,8 +91,8 @@ struct Pointers {
 
 ALWAYS_INLINE float updated(const Pointers& at, int64_t i, float gradient, const Update& u) {
     const float g = repaired(gradient, u.limit);
-    const float m = at.m[i] + (1.0f - u.beta_1) * (g - at.m[i]);
-    const float v = u.beta_2 * at.v[i] + (1.0f - u.beta_2) * g * g;
+    const float m = at.m[i] + u.one_minus_beta_1 * (g - at.m[i]);
+    const float v = u.beta_2 * at.v[i] + u.one_minus_beta_2 * g * g;
     const float p = at.p[i] - u.step_size * m / (std::sqrt(v) / u.root_correction_2 + u.epsilon);
     at.m[i] = m;
     at.v[i] = v;

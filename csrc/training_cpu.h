@@ -30,7 +30,8 @@ void norm_mish_backward(const bfloat16* x, const bfloat16* dy, const float* weig
                         int num_threads);
 
 struct Update {
-    float beta_1, beta_2, epsilon, step_size, root_correction_2;
+    // 1 - beta is taken in double: in float 1 - 0.999 is off by 5e-5 of itself.
+    float one_minus_beta_1, beta_2, one_minus_beta_2, epsilon, step_size, root_correction_2;
     float rate;   // how far the average moves to the new weights
     float limit;  // what an infinite gradient becomes
 };

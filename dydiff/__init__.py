@@ -31,6 +31,7 @@ _HOMES = {
     "Transitions": "dydiff.data",
     "Windows": "dydiff.data",
     "ZScore": "dydiff.data",
+    "download_dataset": "dydiff.data",
     "environment_spec": "dydiff.environments",
     "keep_mask": "dydiff.filters",
     "load_dataset": "dydiff.data",

@@ -4,7 +4,10 @@
     extension   float32 network, compiled sampler step (csrc/)
     compiled    float32 network through torch.compile
     bf16        CPU: fused Winograd blocks in bfloat16 (kernels/unet_cpu.py)
-    auto        the fastest that keeps rollouts within 2e-2 of float32 on the device at hand
+    triton-a    GPU: float16, one kernel a convolution with its normalisation, where a tile holds whole samples; else triton-b
+    triton-b    GPU: float16, the convolution as one matrix product and a second pass for the normalisation
+    auto        the fastest measured one that keeps rollouts within 2e-2 of float32: on the CPU bf16, where the processor
+                multiplies bfloat16; on a GPU extension, because the Triton kernels have not been measured on a card yet
 """
 
 from __future__ import annotations
@@ -20,10 +23,11 @@ from dydiff.diffusion.edm import Denoiser, FusedDenoiser
 from dydiff.errors import DydiffError
 from dydiff.kernels import edm
 from dydiff.kernels.unet_cpu import TAPS, CpuBlocks
+from dydiff.networks.fused_unet import Blocks
 from dydiff.networks.unet import UNet
 
-BACKENDS = ("auto", "reference", "extension", "compiled", "bf16")
-IN_16_BIT = ("bf16",)
+BACKENDS = ("auto", "reference", "extension", "compiled", "bf16", "triton-a", "triton-b")
+IN_16_BIT = ("bf16", "triton-a", "triton-b")
 
 
 class CompiledDenoiser:
@@ -60,7 +64,21 @@ def prepare_denoiser(denoiser: Denoiser, backend: str) -> SamplingDenoiser:
         if device.type != "cpu" or not isinstance(denoiser.network, UNet):
             raise DydiffError("Rollout backend 'bf16' is for UNet_RL on the CPU; use 'auto'.")
         return FusedDenoiser(denoiser, CpuBlocks())
+    if backend.startswith("triton"):
+        return FusedDenoiser(denoiser, _make_triton_blocks(denoiser, backend, device))
     return denoiser
+
+
+def _make_triton_blocks(denoiser: Denoiser, backend: str, device: torch.device) -> Blocks:
+    from dydiff.kernels import unet_triton  # imports triton, which only a GPU needs
+
+    reason = unet_triton.why_unavailable(device)
+    if reason:
+        raise DydiffError(reason)
+    if not isinstance(denoiser.network, UNet):
+        raise DydiffError(f"Rollout backend '{backend}' is for UNet_RL; use 'auto'.")
+    make = unet_triton.FusedBlocks if backend == "triton-a" else unet_triton.TwoPassBlocks
+    return make(torch.float16, kernel_size=denoiser.network.kernel_size)
 
 
 def is_available(backend: str, device: torch.device | str = "cpu") -> bool:
@@ -72,7 +90,7 @@ def is_available(backend: str, device: torch.device | str = "cpu") -> bool:
         return not edm.why_unavailable(device)
     if backend == "compiled":
         return can_compile(device)
-    return True
+    return backend == "reference" or (device.type == "cuda" and torch.cuda.is_available())
 
 
 def choose_backend(denoiser: Denoiser, device: torch.device) -> str:

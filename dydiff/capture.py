@@ -12,8 +12,11 @@ import torch
 from dydiff.errors import DydiffError
 
 
-def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function with Inductor at its first call; raises DydiffError then if the machine cannot compile."""
+def compile_function(function: Callable[..., Any], setting: str = "sampler_kwargs.backend") -> Callable[..., Any]:
+    """Compile a function with Inductor at its first call; raises DydiffError then if the machine cannot compile.
+
+    `setting` is what the message recommends to change.
+    """
     compiled = torch.compile(function, dynamic=False)
 
     def call(*arguments: Any) -> Any:
@@ -22,7 +25,7 @@ def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
             raise DydiffError(
                 f"torch.compile cannot compile here ({str(error).splitlines()[0]}). Install a C++ compiler (CPU) or a matching "
-                "Triton (GPU), or choose another sampler_kwargs.backend."
+                f"Triton (GPU), or choose another {setting}."
             ) from error
 
     return call
@@ -33,3 +36,39 @@ def can_compile(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.utils._triton.has_triton()
     return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name)
+
+
+def trace_gradients() -> bool:
+    """Let compiled functions hold torch.autograd.grad, instead of falling apart around it; whether this PyTorch can."""
+    can = hasattr(torch._dynamo.config, "trace_autograd_ops")
+    if can:
+        torch._dynamo.config.trace_autograd_ops = True
+    return can
+
+
+class CapturedGraph:
+    """A function without arguments as a CUDA graph; its draws from `generator` go on from replay to replay.
+
+    The function must have run once before, outside of the capture (`warm_up`). What it returned then, and what tensors it reads
+    and writes, keeps its place in memory: every replay overwrites `output`.
+    """
+
+    def __init__(self, function: Callable[[], Any], generator: torch.Generator):
+        self._graph = torch.cuda.CUDAGraph()
+        self._graph.register_generator_state(generator)
+        with torch.cuda.graph(self._graph):
+            self.output = function()
+
+    def replay(self) -> Any:
+        self._graph.replay()
+        return self.output
+
+
+def warm_up(function: Callable[[], Any]) -> Any:
+    """Call a function on a stream of its own, as it must have been before its capture: libraries allocate their workspaces."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        output = function()
+    torch.cuda.current_stream().wait_stream(stream)
+    return output

@@ -57,6 +57,7 @@ class RLTrainerParams:
     rollout_length: int = -1  # rows of a rollout that are used; -1: the diffusion model's horizon
     rollout_freq: int = 1  # epochs from one rollout to the next
     eval_freq: int = 1  # epochs from one evaluation to the next
+    update_mode: str = "auto"  # eager, compiled (Inductor), graph (CUDA graphs); auto: graph on a GPU, else what pays off
     save_best: bool = True  # keep the policy with the best evaluation as agent-best.safetensors
     freq_saving: int = 10  # epochs from one periodic checkpoint (and resume state) to the next
     save_replay_buffer: bool = False  # put the real transitions into periodic checkpoints
@@ -74,7 +75,7 @@ class SamplerKwargs:
     S_noise: float = 1.002  # inflation of the added noise
     num_steps: int = 34  # noise levels; 2 num_steps - 1 network evaluations
     iterative_times: int = 2  # policy injections after the autoregressive start
-    backend: str = "auto"  # auto, reference (plain PyTorch) or extension (compiled sampler step)
+    backend: str = "auto"  # what evaluates the network: auto, reference, extension, compiled, bf16, triton-a, triton-b (dydiff/backends.py)
     fast: bool = False  # DPM-Solver++ in place of all S_* and num_steps: far fewer evaluations, other samples
     fast_first_evaluations: int = 20  # fast mode: network evaluations of the first policy injection
     fast_warm_sigma: float = 0.8  # fast mode: noise level put on the current guess, from which later injections start

@@ -46,6 +46,7 @@ def run_list(options: argparse.Namespace) -> None:
     """List the datasets that have names, and which of them are on this machine."""
     from dydiff.collect import LOCAL_DATASETS
     from dydiff.data import d4rl
+    from dydiff.data.minari_reader import list_minari
 
     print(f"Folder: {d4rl.cache_folder()}")
     for name in (*d4rl.FILES, *LOCAL_DATASETS):
@@ -53,6 +54,9 @@ def run_list(options: argparse.Namespace) -> None:
         size = f"{path.stat().st_size / 1e6:,.1f} MB" if path.is_file() else "-"
         if options.word in name and not (options.here and size == "-"):
             print(f"{name:32}{size:>12}  {path.name}")
+    for name in list_minari():
+        if options.word in name:
+            print(f"{name:32}{'Minari':>12}")
 
 
 def run_inspect(options: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from dydiff.checkpoint import write_atomically
 from dydiff.comparison import DYDIFF, SINGLE_STEP, Comparison, compare_rollouts, standard_error
 from dydiff.data import load_dataset
 from dydiff.diffusion.fast_sampler import FastMode
-from dydiff.environments import environment_name, environment_spec, simulator_version
+from dydiff.environments import environment_name, environment_spec
 from dydiff.errors import DydiffError
 from dydiff.models import load_policy
 from dydiff.report import find_policy_runs, format_table, models_of
@@ -79,7 +79,7 @@ def measure_quality(
     subject = next((run for run in reversed(runs) if run.uses_dydiff), runs[-1])
     env_name = subject.constants.env_specs.env_name
     environment_spec(environment_name(env_name or dataset.environment or ""))  # says so where there is no simulator
-    problem = load_problem(dataset_name, env_name)
+    problem = load_problem(dataset_name, env_name, subject.constants.env_specs.backend)
     engine = build_rollouts(subject.constants, problem, device, models_of(subject, problem, root)).engine
     if engine.iterations < 2:
         raise DydiffError(f"Run '{subject.folder}' has sampler_kwargs.iterative_times {engine.iterations}: none starts warm.")
@@ -102,7 +102,7 @@ def measure_quality(
     record = {
         "dataset": dataset.name,
         "environment": problem.environment,
-        "simulator": f"{problem.spec.backend}, MuJoCo {simulator_version()}",
+        "simulator": problem.simulator,
         "policy": str(subject.folder),
         "starts": len(comparison.simulated),
         "seed": seed,

@@ -85,7 +85,7 @@ def load_problem(dataset_name: str, env_name: str | None = None, backend: str | 
             f"Dataset '{dataset.name}' does not say which environment it is from. Set env_specs.env_name (for example hopper)."
         )
     environment = environment_name(env_name or dataset.environment)
-    known = backend or (dataset.backend if env_name is None else None)  # the data tell nothing about another environment
+    known = backend or (dataset.backend if environment == dataset.environment else None)
     spec = None if environment in WITHOUT_SIMULATOR else environment_spec(environment, known)
     if spec is not None:
         ours, theirs = (dataset.observation_dim, dataset.action_dim), (spec.observation_dim, spec.action_dim)
@@ -213,6 +213,7 @@ def build_policy(
         real_ratio=params.real_ratio,
         seed=constants.seed,
         on_update=progress.advance,
+        update_mode=params.update_mode,
     )
 
 
@@ -383,10 +384,11 @@ def train_diffusion(
     network = {**network, "data_dim": windows.dim}
     denoiser = build_denoiser(network, dataset.observation_dim).to(device)
     precision = choose_precision(precision, denoiser)
+    size = sum(parameter.numel() for parameter in denoiser.parameters()) / 1e6
     progress = Progress(folder.name)
     progress.say(
         f"{dataset.name}: {len(dataset):,} rows, {len(windows):,} windows of {windows.horizon} x {windows.dim}; "
-        f"{network['kind']} with {sum(p.numel() for p in denoiser.parameters()) / 1e6:.2f} M parameters on {device} in {precision}."
+        f"{network['kind']} with {size:.2f} M parameters on {device}, products in {precision}."
     )
     if dry_run:
         progress.say("Dry run: everything fits; nothing was written.")

@@ -17,9 +17,10 @@ from dydiff.errors import DydiffError
 from dydiff.evaluate import Evaluator, episode_seed
 from dydiff.filters import keep_mask
 from dydiff.models import POLICY, act_raw, store_spaces
-from dydiff.replay import ReplayBuffer, sample_mixed
+from dydiff.replay import ReplayBuffer
 from dydiff.reward import RewardModel
 from dydiff.rollout import RolloutEngine, Trajectory, make_synthetic_transitions, score
+from dydiff.updates import Updates
 
 
 @dataclass
@@ -80,6 +81,7 @@ class PolicyTrainer:
         real_ratio: float,
         seed: int,
         on_update: Callable[[int], None] = lambda count: None,
+        update_mode: str = "auto",
     ):
         self.agent = agent
         self.spaces = spaces
@@ -90,10 +92,10 @@ class PolicyTrainer:
         self.saving = saving
         self.num_epochs = num_epochs
         self.updates_per_epoch = updates_per_epoch
-        self.batch_size = batch_size
-        self.real_ratio = real_ratio
         self.on_update = on_update
         self.generator = torch.Generator(agent.device).manual_seed(seed)
+        num_updates = num_epochs * updates_per_epoch
+        self.updates = Updates(agent, real, synthetic, batch_size, real_ratio, self.generator, update_mode, num_updates)
         self.epoch = 0
         self.best_return = -float("inf")
         self.improved = False  # the last evaluation was the best so far
@@ -153,23 +155,14 @@ class PolicyTrainer:
         }
 
     def _update(self) -> dict[str, float]:
-        """The epoch's updates; losses are summed on the device and read once."""
-        sums: dict[str, Tensor] = {}
-        counts: dict[str, int] = {}
-        for _ in range(self.updates_per_epoch):
-            batch = sample_mixed(self.real, self.synthetic, self.batch_size, self.real_ratio, self.generator)
-            for name, value in self.agent.update(batch, self.agent.draw_noise(self.batch_size, self.generator)).items():
-                sums[name] = sums[name] + value if name in sums else value.clone()
-                counts[name] = counts.get(name, 0) + 1
-            self.on_update(1)
-        means = {f"train/{name}": float(total) / counts[name] for name, total in sums.items()}
+        means = self.updates.run(self.updates_per_epoch, self.on_update)
         for name, mean in means.items():
             if not np.isfinite(mean):
                 raise DydiffError(
-                    f"{name} is {mean} in epoch {self.epoch + 1}: training has diverged. Lower the learning rate, or continue "
+                    f"train/{name} is {mean} in epoch {self.epoch + 1}: training has diverged. Lower the learning rate, or continue "
                     "from an earlier checkpoint of this run."
                 )
-        return means
+        return {f"train/{name}": mean for name, mean in means.items()}
 
     def _evaluate(self, evaluation: Evaluation) -> dict[str, float]:
         seed = episode_seed(evaluation.seed, self.epoch)

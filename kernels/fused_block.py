@@ -22,7 +22,7 @@ from dydiff.kernels.matmul import mish, multiply, sum_over_sample, zero_gaps
 from dydiff.kernels.packing import DEPTH, ConvBlock, Convolution, Residual
 from dydiff.kernels.unet_reference import GROUPS
 
-# Below this share of useful rows the matrix units lose more than the second pass costs.
+# With fewer useful rows the two-pass way is taken: a guess at where idle matrix units cost more than a second pass, unmeasured.
 LEAST_USED = 0.7
 
 SIZES = ["samples", "length", "gap", "per_tile"]
@@ -109,6 +109,7 @@ def block_kernel(
 
 
 def samples_per_tile(tile: Tile, length: int) -> int:
+    """How many whole samples of `length` rows a tile holds."""
     return tile.rows // length
 
 

@@ -1,8 +1,8 @@
 """How the Triton kernels are launched: tiles to choose from, the choice for a shape, and a launch as a value.
 
 Every tile in TILES is compiled offline by tests/test_offline_compile.py. `choose` takes a measured choice from
-launch_table.json where `python -m dydiff.kernels.tune` has written one for this family of cards and class of shapes,
-and otherwise the largest tile that fills the card. Nothing is ever tuned on a user's first call.
+launch_table.json where `python profiling/tune_kernels.py` has written one for this family of cards and class of shapes,
+and otherwise the largest tile that fills the card: a rule of thumb, unmeasured. Nothing is ever tuned on a user's first call.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ def fits_card(tile: Tile, capability: int) -> Tile:
 
 
 def round_to_class(number: int, classes: tuple[int, ...]) -> int:
+    """The smallest class that holds the number, or the largest there is."""
     return next((limit for limit in classes if number <= limit), classes[-1])
 
 

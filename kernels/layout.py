@@ -17,6 +17,7 @@ from torch import Tensor
 
 
 def round_up(number: int, multiple: int) -> int:
+    """The smallest multiple that is not below the number."""
     return -(-number // multiple) * multiple
 
 

@@ -64,6 +64,8 @@ class Residual(NamedTuple):
 
 @dataclass
 class ResidualBlock:
+    """The packed weights of one residual block."""
+
     block1: ConvBlock
     block2: ConvBlock
     residual: Convolution | None  # 1x1, where the width changes

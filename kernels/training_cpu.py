@@ -78,7 +78,8 @@ class AdamCoefficients:
     def arguments(self) -> tuple[float, ...]:
         step_size = self.lr / (1 - self.beta_1**self.step)
         root_correction = math.sqrt(1 - self.beta_2**self.step)
-        return self.beta_1, self.beta_2, self.epsilon, step_size, root_correction, self.rate, self.limit
+        betas = 1 - self.beta_1, self.beta_2, 1 - self.beta_2
+        return *betas, self.epsilon, step_size, root_correction, self.rate, self.limit
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ def why_unavailable(device: torch.device | str = "cuda") -> str:
         return ""
     device = torch.device(device)
     if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip:
-        return f'The Triton blocks need an NVIDIA GPU, which "{device}" is not; the plain PyTorch network takes their place.'
+        return f'The Triton blocks need an NVIDIA GPU, which "{device}" is not; use sampler_kwargs.backend=auto.'
     capability = device_capability(device)
     if capability < 80:
         return f"The Triton blocks need compute capability 8.0 or newer, and {device} has {capability / 10}."

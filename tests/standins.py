@@ -154,7 +154,33 @@ class DiffusionPolicy(nn.Module):
         self.register_buffer("betas", make_betas("vp", steps).float())
 
 
+class NumpyArrayWrapper:
+    """What joblib pickles in place of an array, whose bytes follow."""
+
+    def __init__(self, array: np.ndarray):
+        self.subclass, self.dtype, self.shape = type(array), array.dtype, array.shape
+        self.order = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
+        self.allow_mmap, self.numpy_array_alignment_bytes = False, 16
+
+
+class ArrayPickler(pickle._Pickler):
+    """Writes arrays as joblib does."""
+
+    def __init__(self, file: io.BytesIO):
+        super().__init__(file, pickle.DEFAULT_PROTOCOL)
+        self.file = file
+
+    def save(self, value: object, save_persistent_id: bool = True) -> None:
+        if not isinstance(value, np.ndarray):
+            return super().save(value)
+        super().save(NumpyArrayWrapper(value))
+        self.framer.commit_frame(force=True)
+        padding = 16 - (self.file.tell() + 1) % 16
+        self.file.write(bytes([padding]) + b"\xff" * padding + value.tobytes("A"))
+
+
 PUBLISHED = {
+    "joblib.numpy_pickle": [NumpyArrayWrapper],
     "torch_utils.persistence": [_reconstruct_persistent_obj],
     "training.temporal": [Conv1dBlock, ResidualBlock, Resample, TemporalUnet],
     "training.dataset": [TrajectoryDataset, Normalizer],
@@ -240,5 +266,8 @@ def save_with_torch(tree: object, zipped: bool = True) -> bytes:
 
 
 def save_with_joblib(tree: object) -> bytes:
-    """A file of joblib with zlib, for trees without numpy arrays: then it is a pickle in one stream of zlib."""
-    return zlib.compress(dump(tree), 3)
+    """A file of joblib with zlib."""
+    buffer = io.BytesIO()
+    with published_modules():
+        ArrayPickler(buffer).dump(tree)
+    return zlib.compress(buffer.getvalue(), 3)

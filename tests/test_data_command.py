@@ -245,6 +245,7 @@ def test_stock_data_are_recognised(command, hopper):
     outcome = command("data", "check-dynamics", hopper, "--rows=150")
     assert outcome.status == 0, outcome.errors
     assert "closest: gymnasium-v4, MuJoCo" in outcome.output and "infos/qpos" in outcome.output
+    assert "does not reproduce" not in outcome.output
     assert "d4rl, mujoco-py not installed" in outcome.output and "not available" in outcome.output
     errors = measure(hopper, "hopper")
     assert errors["gymnasium-v4"] < (1e-10, 1e-5)
@@ -285,6 +286,9 @@ def test_maze_data_are_recognised(dataset):
 
 
 def test_what_cannot_be_replayed(command, hopper, tmp_path):
+    np.savez(tmp_path / "other.npz", **make_arrays())
+    outcome = command("data", "check-dynamics", tmp_path / "other.npz", "--environment=hopper")
+    assert outcome.status == 0 and "which does not reproduce the data either" in outcome.output
     outcome = command("data", "check-dynamics", hopper, "--environment=walker2d")
     assert outcome.status == 1 and "walker2d needs" in outcome.errors
     assert "at least 1" in command("data", "check-dynamics", hopper, "--rows=0").errors

@@ -163,6 +163,19 @@ def test_tensors_of_every_type_and_layout():
         assert_bit_equal(read_published(content, "x"), {name: value.detach() for name, value in tree.items()})
 
 
+def test_arrays_in_joblib_files():
+    tree = {
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "b": [np.asfortranarray(np.eye(3)[:2])],
+        "c": np.empty(0),
+        "d": 1,
+    }
+    read = read_published(save_with_joblib(tree), "x")
+    for ours, theirs in ((read["a"], tree["a"]), (read["b"][0], tree["b"][0]), (read["c"], tree["c"])):
+        assert np.array_equal(to_array(ours), theirs) and to_array(ours).dtype == theirs.dtype
+    assert read["d"] == 1
+
+
 # What does not fit
 
 
@@ -185,6 +198,12 @@ def test_horizon_of_a_snapshot(importer, bounds):
     assert importer.read(dump(silent), "x.pkl").manifest["network"]["horizon"] == 16
     with pytest.raises(DydiffError, match=r"says its horizon is \[8\], not 16"):
         importer.read(dump(make_snapshot(*bounds)), "x.pkl")
+    for senseless in (0, -4, 1 << 40):
+        silent["ema"].dataset.horizon = senseless
+        importer.horizon = None
+        with pytest.raises(DydiffError, match=f"horizon of {senseless} is not"):
+            importer.read(dump(silent), "x.pkl")
+    silent["ema"].dataset.horizon = None
     importer.horizon = 7
     with pytest.raises(DydiffError, match="divisible by 2"):
         importer.read(dump(silent), "x.pkl")
@@ -220,7 +239,7 @@ def test_one_step_models_that_do_not_fit(importer):
         with pytest.raises(DydiffError, match=words):
             importer.read(save_with_torch(make_layers(dims, num_nets)), "x.pkl")
     weights = make_layers([OBS + ACT, 7, 2 * OBS], num_nets=3)
-    for elites in ([0, 3], [-1], []):
+    for elites in ([0, 3], [-1], [], [1, 1]):
         with pytest.raises(DydiffError, match="elites"):
             importer.read(dump({**weights, "elites": elites}), "x.pkl")
     del weights["layers.1.bias"]

@@ -83,7 +83,11 @@ def variants(launches: list[launch.Launch]) -> list[launch.Launch]:
     Of those the narrowest, whose groups are the most a tile holds.
     """
     chosen: dict[tuple, launch.Launch] = {}
-    for recorded in sorted(launches, key=lambda one: (not (one.arguments.get("C2") or one.arguments.get("R2")), one.arguments["N"])):
+
+    def concatenates(recorded: launch.Launch) -> bool:
+        return bool(recorded.arguments.get("C2") or recorded.arguments.get("R2"))
+
+    for recorded in sorted(launches, key=lambda one: (not concatenates(one), one.arguments["N"])):
         arguments = recorded.arguments
         branches = [bool(arguments.get(name)) for name in ("R1", "PART", "GAP", "X_TMA")]
         branches += [arguments.get("residual") is None, arguments.get("STRIDE"), arguments["ROWS"], arguments["COLUMNS"]]

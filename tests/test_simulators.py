@@ -12,7 +12,7 @@ import tiny
 from dydiff import simulators
 from dydiff.checkpoint import load_checkpoint
 from dydiff.collect import collect
-from dydiff.data import dataset_from_arrays
+from dydiff.data import dataset_from_arrays, read_dataset, write_dataset
 from dydiff.environments import D4RL_LOCOMOTION, ENVIRONMENTS, environment_spec
 from dydiff.errors import DydiffError
 from dydiff.evaluate import evaluate
@@ -214,6 +214,9 @@ def test_runs_keep_the_simulators_name(command, tmp_path, monkeypatch):
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
     collect("hopper-random-local", steps=300, seed=0, progress=False)
     assert load_problem("hopper-random-local").simulator == f"gymnasium-v4, MuJoCo {mujoco.__version__}"
+    write_dataset(tmp_path / "hopper_medium-v2.hdf5", read_dataset("hopper-random-local").arrays, {})
+    for environment in (None, "Hopper-v2"):  # as people's experiment files have it
+        assert load_problem("hopper-medium-v2", environment).simulator == f"d4rl-compat, MuJoCo {mujoco.__version__}"
     file = tiny.write_experiment(tmp_path / "policy.yaml", "td3_bc", "hopper-random-local")
     changes = ["--set=rl_trainer_params.real_ratio=1", "--set=env_specs.backend=d4rl-compat"]
     outcome = command("run", "-e", file, "--device=cpu", f"--outdir={tmp_path / 'runs'}", *changes)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+
+BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 
 
 def make_target(network: nn.Module) -> nn.Module:
@@ -21,10 +23,10 @@ def move_target(target: nn.Module, source: nn.Module, rate: float) -> None:
 
 
 class Adam:
-    """Adam (arXiv 1412.6980; betas 0.9 and 0.999, eps 1e-8) as one fused kernel a step.
+    """Adam (arXiv 1412.6980) as one fused kernel a step; all state is on the device and keeps its storage.
 
-    It computes what `torch.optim.Adam(fused=True)` does, whose bookkeeping costs tiny networks more than the kernel and keeps
-    an update from being compiled as a whole. All state is on the device and keeps its storage, as a captured graph needs.
+    It computes what `torch.optim.Adam(fused=True)` does, whose bookkeeping costs tiny networks more than the kernel does, and
+    keeps an update from being compiled as a whole.
     """
 
     def __init__(self, parameters: Iterable[Tensor], lr: float):
@@ -46,40 +48,25 @@ class Adam:
             if max_norm is not None:
                 norm = torch.stack(torch._foreach_norm(gradients)).norm()
                 torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-            self.step += 1
-            if torch.compiler.is_compiling():
-                self._apply(gradients)
-            else:
-                self._fused(gradients)
+            self._step_down(gradients)
         return norm
 
-    def _fused(self, gradients):
-        steps = [self.step] * len(self.parameters)
-        torch._fused_adam_(
-            self.parameters,
-            gradients,
-            self.mean,
-            self.square,
-            [],
-            steps,
-            lr=self.lr,
-            beta1=0.9,
-            beta2=0.999,
-            weight_decay=0.0,
-            eps=1e-8,
-            amsgrad=False,
-            maximize=False,
-        )
-
-    def _apply(self, gradients):
-        torch._foreach_lerp_(self.mean, gradients, 0.1)
-        torch._foreach_mul_(self.square, 0.999)
-        torch._foreach_addcmul_(self.square, gradients, gradients, 0.001)
-        spread = torch._foreach_sqrt(self.square)
-        torch._foreach_div_(spread, (1 - 0.999**self.step).sqrt())
-        torch._foreach_add_(spread, 1e-8)
-        change = torch._foreach_div(self.mean, spread)
-        torch._foreach_mul_(change, -self.lr / (1 - 0.9**self.step))
+    def _step_down(self, gradients: Sequence[Tensor]) -> None:
+        self.step += 1
+        if not torch.compiler.is_compiling():
+            steps = [self.step] * len(gradients)
+            hyper = {"beta1": BETA1, "beta2": BETA2, "weight_decay": 0.0, "eps": EPS, "amsgrad": False, "maximize": False}
+            torch._fused_adam_(self.parameters, gradients, self.mean, self.square, [], steps, lr=self.lr, **hyper)
+            return
+        # The kernel cannot be traced; from the formula the compiler makes one of its own.
+        torch._foreach_lerp_(self.mean, gradients, 1 - BETA1)
+        torch._foreach_mul_(self.square, BETA2)
+        torch._foreach_addcmul_(self.square, gradients, gradients, 1 - BETA2)
+        deviation = torch._foreach_sqrt(self.square)
+        torch._foreach_div_(deviation, (1 - BETA2**self.step).sqrt())
+        torch._foreach_add_(deviation, EPS)
+        change = torch._foreach_div(self.mean, deviation)
+        torch._foreach_mul_(change, -self.lr / (1 - BETA1**self.step))
         torch._foreach_add_(self.parameters, change)
 
     def state_dict(self) -> dict:

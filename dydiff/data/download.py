@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -69,10 +69,12 @@ def _open_alone(part: Path) -> Iterator[BinaryIO]:
         part.parent.mkdir(parents=True, exist_ok=True)
         while True:
             file = open(part, "ab+")
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if part.exists() and os.path.samestat(os.fstat(file.fileno()), part.stat()):
-                break
-            file.close()  # whoever had it open has renamed or removed it
+            with suppress(OSError):  # a network file system may have no locks; the content is checked in any case
+                fcntl.flock(file, fcntl.LOCK_EX)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), part.stat()):
+                    break
+            file.close()  # whoever had it open before has renamed or removed it
     except OSError as error:
         raise DydiffError(
             f"Cannot write to {str(part.parent)!r}: {error.strerror}. Set {d4rl.CACHE_VARIABLE} to a folder of yours."

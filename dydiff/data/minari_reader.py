@@ -54,6 +54,15 @@ def download_minari(minari_id: str) -> None:
         raise DydiffError(f"Minari cannot download {minari_id!r}: {type(error).__name__}: {error}") from error
 
 
+def list_minari() -> list[str]:
+    """Return the ids of the Minari datasets on this machine: none where minari is missing."""
+    try:
+        minari = importlib.import_module("minari")
+    except ImportError:
+        return []
+    return sorted(minari.list_local_datasets())
+
+
 def _import_minari(minari_id: str) -> ModuleType:
     try:
         return importlib.import_module("minari")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dydiff.capture import CapturedGraph, warm_up
 from dydiff.data import Windows
 from dydiff.device import has_fast_bf16
 from dydiff.diffusion.edm import Denoiser, draw_sigma, edm_loss
@@ -31,7 +32,7 @@ class DiffusionTrainer:
     written every `snapshot_ticks` ticks (0: only at the end).
 
     Raises:
-        DydiffError: the precision does not suit the network; or the loss is no longer finite (names the number of samples seen).
+        DydiffError: the precision does not suit the network; the loss is no longer finite (names the number of samples seen).
     """
 
     def __init__(
@@ -74,6 +75,9 @@ class DiffusionTrainer:
         self.on_batch = on_batch
         self.update = Update(list(denoiser.parameters()), list(self.ema.parameters()), copies)
         self.generator = torch.Generator(windows.device).manual_seed(seed)
+        self.captures = windows.device.type == "cuda"
+        self._ready_to_capture = False
+        self._graph: CapturedGraph | None = None
         self.epoch = 0  # ticks done
         self.seen = 0  # samples seen
 
@@ -101,6 +105,23 @@ class DiffusionTrainer:
 
     def _step(self) -> torch.Tensor:
         """One batch; returns the mean loss per element without waiting for the device."""
+        mean = self._run_graph() if self.captures else self._find_gradients()
+        lr = self.lr * min(self.seen / RAMP_SAMPLES, 1)
+        self.seen += self.batch_size
+        self.update.step(lr, self._ema_rate())
+        return mean
+
+    def _run_graph(self) -> torch.Tensor:
+        """`_find_gradients` as one CUDA graph: hundreds of small kernels, which a batch of 8 would spend launching."""
+        if not self._ready_to_capture:
+            self._ready_to_capture = True  # this step counts; the next one is captured
+            return warm_up(self._find_gradients)
+        if self._graph is None:
+            self._graph = CapturedGraph(self._find_gradients, self.generator)
+        return self._graph.replay()
+
+    def _find_gradients(self) -> torch.Tensor:
+        """Draw a batch, leave its repaired gradients with the weights, and return the mean loss per element."""
         self.update.clear_gradients()
         generator, device = self.generator, self.windows.device
         mean = torch.zeros((), device=device)
@@ -113,9 +134,7 @@ class DiffusionTrainer:
             loss = edm_loss(self.learner, clean, sigma, noise, self.use_cond, self.cond_on_action)
             (loss.sum() / self.batch_size).backward()
             mean += loss.detach().sum() / (self.batch_size * clean[0].numel())
-        lr = self.lr * min(self.seen / RAMP_SAMPLES, 1)
-        self.seen += self.batch_size
-        self.update.step(lr, self._ema_rate())
+        self.update.repair_gradients()
         return mean
 
     def _ema_rate(self) -> float:

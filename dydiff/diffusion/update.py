@@ -16,9 +16,9 @@ INFINITE_GRADIENT = 1e5  # what an infinite gradient becomes
 class Update:
     """Adam on the weights and their moving average; NaN gradients count as 0, infinite ones as +-1e5.
 
-    `copies` maps weights to bfloat16 copies whose gradients count in their place, and which follow them. With copies on a CPU the
-    compiled pass does everything (kernels/training_cpu.py); otherwise PyTorch does, operator by operator, with the same results to
-    rounding. The state is that of `torch.optim.Adam` in both cases.
+    `copies` maps weights to bfloat16 copies whose gradients count in their place, and which follow them. With copies on a CPU
+    the compiled pass does everything (kernels/training_cpu.py); otherwise PyTorch does, operator by operator, with the same
+    results to rounding. The state is that of `torch.optim.Adam` in both cases.
     """
 
     def __init__(self, weights: list[nn.Parameter], averages: list[Tensor], copies: dict[nn.Parameter, Tensor]):
@@ -33,6 +33,17 @@ class Update:
         for tensor in (*self.weights, *self.copies.values()):
             tensor.grad = None
 
+    @torch.no_grad()
+    def repair_gradients(self) -> None:
+        """Hand the copies' gradients to the weights and replace what is not finite; the compiled pass does that by itself."""
+        if self.in_one_pass:
+            return
+        for weight, copy in self.copies.items():
+            weight.grad = copy.grad.float()
+        for weight in self.weights:
+            if weight.grad is not None:
+                torch.nan_to_num(weight.grad, nan=0, posinf=INFINITE_GRADIENT, neginf=-INFINITE_GRADIENT, out=weight.grad)
+
     def step(self, lr: float, rate: float) -> None:
         """Move the weights by one step of Adam with learning rate `lr`, then the average by `rate` of its distance to them."""
         for group in self.adam.param_groups:
@@ -40,8 +51,9 @@ class Update:
         if self.in_one_pass:
             self._step_in_one_pass(lr, rate)
         else:
-            self._step_by_operators()
+            self.adam.step()
             self.average(rate)
+            self._refresh_copies()
 
     @torch.no_grad()
     def average(self, rate: float) -> None:
@@ -49,13 +61,7 @@ class Update:
         torch._foreach_lerp_(self.averages, self.weights, rate)
 
     @torch.no_grad()
-    def _step_by_operators(self) -> None:
-        for weight, copy in self.copies.items():
-            weight.grad = None if copy.grad is None else copy.grad.float()
-        for weight in self.weights:
-            if weight.grad is not None:
-                torch.nan_to_num(weight.grad, nan=0, posinf=INFINITE_GRADIENT, neginf=-INFINITE_GRADIENT, out=weight.grad)
-        self.adam.step()
+    def _refresh_copies(self) -> None:
         if self.copies:
             torch._foreach_copy_(list(self.copies.values()), list(self.copies))
 
@@ -81,12 +87,10 @@ class Update:
     def state_dict(self) -> dict[str, Any]:
         return self.adam.state_dict()
 
-    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state; the weights themselves must have been loaded before."""
         self.adam.load_state_dict(state)
         for weight, own in self.adam.state.items():
             for name in ("exp_avg", "exp_avg_sq"):  # what comes from a file is contiguous, the weight may be laid out otherwise
-                own[name] = torch.empty_like(weight).copy_(own[name])
-        if self.copies:
-            torch._foreach_copy_(list(self.copies.values()), list(self.copies))
+                own[name] = torch.empty_like(weight, requires_grad=False).copy_(own[name])
+        self._refresh_copies()

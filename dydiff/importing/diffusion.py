@@ -17,6 +17,7 @@ from dydiff.networks import build_trajectory_network
 from dydiff.networks.published import rename_unet
 
 SIGMA_DATA = 0.5  # of `Denoiser`
+MAX_HORIZON = 100_000  # more is no horizon, but damage
 HORIZON_NAMES = ("horizon", "max_length_of_trajectory")  # where a snapshot may say its horizon
 
 
@@ -93,6 +94,8 @@ def _find_horizon(tree: Any, given: int | None) -> int:
             "--max_length_of_trajectory that it was trained with."
         )
     (horizon,) = found
+    if not 1 <= horizon <= MAX_HORIZON:
+        raise DydiffError(f"The snapshot's horizon of {horizon} is not between 1 and {MAX_HORIZON:,}.")
     return horizon
 
 

@@ -66,7 +66,7 @@ def convert_dynamics(tree: Any, dataset: Dataset, spaces: Spaces, transitions: T
         "num_nets": num_nets.pop(),
         "weight_decay": [0.0] * len(layers),  # of a training that is over
     }
-    if elites is not None and (not elites or not all(0 <= elite < model["num_nets"] for elite in elites)):
+    if elites is not None and not (elites and set(elites) <= set(range(model["num_nets"])) and len(set(elites)) == len(elites)):
         raise DydiffError(f"The file names the elites {elites[:8]} of an ensemble of {model['num_nets']} networks.")
     model["num_elites"] = min(NUM_ELITES, model["num_nets"]) if elites is None else len(elites)
     ensemble = DynamicsEnsemble(**model)

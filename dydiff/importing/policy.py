@@ -19,6 +19,7 @@ from dydiff.models import POLICY, store_spaces
 ACTORS = ("policy", "actor")
 TARGET_ACTORS = ("target_policy", "ema", "ema_policy", "ema_model", "target_actor")
 CRITICS = (("qf1", "qf2"), ("q1", "q2"))
+NETWORKS = (*ACTORS, *TARGET_ACTORS, *(prefix + name for pair in CRITICS for name in pair for prefix in ("", "target_")))
 SCHEDULES = ("vp", "linear", "cosine")
 
 
@@ -33,19 +34,16 @@ def convert_policy(tree: Any, spaces: Spaces, environment: str) -> Product:
     Raises:
         DydiffError: no known kind of policy, or one that does not fit the environment.
     """
-    networks = {key: named_tensors(value) for key, value in tree.items()} if isinstance(tree, dict) else {}
-    if is_module(tree):
-        networks = {ACTORS[0]: named_tensors(tree)}
+    parts = {ACTORS[0]: tree} if is_module(tree) else tree
+    networks = {name: named_tensors(parts[name]) for name in NETWORKS if name in parts}
     actor = _pick(networks, ACTORS)
     if actor is None:
-        raise DydiffError(
-            f"The snapshot holds no policy: none of its parts {list(networks)[:8]} is named {' or '.join(ACTORS)}."
-        )
+        raise DydiffError(f"The snapshot holds no policy: none of its parts {list(parts)[:8]} is named {' or '.join(ACTORS)}.")
     is_diffusion = any(name.endswith(f"{layer}.weight") for name in actor for layer in PUBLISHED_NAMES)
     build = _build_diffusion_ql if is_diffusion else _build_td3_bc
     notes = ["The file does not say which data it was trained on; its observations are scaled as those of --dataset."]
     agent, model, used = build(networks, actor, spaces, notes)
-    note_unused(notes, networks, used)
+    note_unused(notes, map(str, parts), used)
     algorithm = "diffusion_ql" if is_diffusion else "td3_bc"
     notes.append(f"The algorithm is taken to be {algorithm}, by the form of its policy.")
     manifest = {"algorithm": algorithm, "model": model, "environment": environment, "epoch": 0}

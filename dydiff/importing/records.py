@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 NUMBERS = {f"{kind}{size}" for kind in "iuf" for size in (2, 4, 8)} | {"i1", "u1", "b1"}  # numpy's codes
@@ -52,7 +53,7 @@ def array_layout(dtype: Any, shape: Any) -> tuple[np.dtype, int]:
 def to_array(value: Any) -> np.ndarray | None:
     """The numbers of a tensor, or of a numpy array or scalar that the file describes; None for everything else."""
     if isinstance(value, Tensor):
-        return value.double().numpy() if value.is_floating_point() else value.numpy()
+        return None if value.dtype == torch.bfloat16 else value.numpy()  # numpy has no such type
     if not isinstance(value, Record):
         return None
     order = "C"
@@ -104,10 +105,15 @@ def is_module(value: Any) -> bool:
 def named_tensors(tree: Any) -> dict[str, Tensor]:
     """The tensors of a module or of nested dicts under their names, in their order, as `state_dict` would name them.
 
-    What occurs twice is named once, as by `named_parameters`.
+    A module that occurs twice is named once, as by `named_parameters`. Raises ValueError where tensors share so much of their
+    memory that copies of them would be much larger than the file.
     """
     found: dict[str, Tensor] = {}
     _collect(tree, "", 0, set(), found)
+    storages = [tensor.untyped_storage() for tensor in found.values()]
+    held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    if sum(tensor.nbytes for tensor in found.values()) > 2 * held:
+        raise ValueError("many tensors that share the same few numbers")
     return found
 
 

@@ -16,7 +16,8 @@ import hashlib
 import pickle
 import re
 from collections.abc import Callable
-from typing import Any, BinaryIO, NoReturn
+from io import BytesIO
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ from dydiff.importing.records import Global, Record, Storage, array_layout
 
 MAX_DIMENSIONS = 8  # of a tensor
 PERSISTENCE_VERSION = 6
+MAX_NAME = 200  # characters of a name
+SHARED_BYTES = 16 << 20  # how much more than the file holds may be copied: embedded sources are written once for many objects
 
 # Classes under these become records. Nothing is imported from there: it only tells a checkpoint from an attack.
 OPAQUE_MODULES = re.compile(r"(torch\.nn\.modules|torch\.nn\.functional|training|einops|dnnlib|rlkit)(\.\w+)*")
@@ -118,8 +121,17 @@ def rebuild_persistent(meta: dict) -> Record:
     """An object that was pickled with its module's source: a record of its state; of the source only its hash is kept."""
     if meta["type"] != "class" or meta["version"] != PERSISTENCE_VERSION:
         raise ValueError(f"an embedded object of another type or version than 'class' and {PERSISTENCE_VERSION}")
+    if not meta["class_name"].isidentifier() or len(meta["class_name"]) > MAX_NAME:
+        raise ValueError("an embedded object whose class has a strange name")
     source = hashlib.sha256(meta["module_src"].encode("utf-8", "surrogatepass")).hexdigest()
     return Record(f"persistent.{meta['class_name']}", (source,), meta["state"])
+
+
+def count_copied(argument: Any) -> int:
+    """About how many bytes or items of an argument a rebuilder copies or reads."""
+    if isinstance(argument, dict):
+        return len(argument.get("module_src", ""))
+    return len(argument) if isinstance(argument, (str, bytes, bytearray, list)) else 0
 
 
 def check_key(key: Any) -> Any:
@@ -150,7 +162,7 @@ class DataUnpickler(pickle._Unpickler):
 
     def __init__(
         self,
-        file: BinaryIO,
+        file: BytesIO,
         source: str,
         load_storage: Callable[[Any], Storage] | None = None,
         load_bytes: Callable[[bytes], Storage] | None = None,
@@ -159,6 +171,7 @@ class DataUnpickler(pickle._Unpickler):
         self.source = source
         self.load_storage = load_storage
         self.rebuilders = REBUILDERS if load_bytes is None else {**REBUILDERS, LOAD_FROM_BYTES: load_bytes}
+        self.may_copy = 2 * file.getbuffer().nbytes + (SHARED_BYTES if load_bytes is not None else 0)
 
     def refuse(self, what: str) -> NoReturn:
         """Stop reading; nothing of the file has run."""
@@ -169,6 +182,8 @@ class DataUnpickler(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Global:
         """The name as a name, if published checkpoints have use for it."""
+        if len(module) + len(name) > MAX_NAME:
+            self.refuse(f"asks for a name of {len(module) + len(name)} characters")
         path = f"{OLD_MODULES.get(module, module)}.{name}"
         known = path in OPAQUE or path in self.rebuilders or path in STORAGES
         if not known and not (OPAQUE_MODULES.fullmatch(module) and name.isidentifier() and not name.startswith("__")):
@@ -188,6 +203,10 @@ class DataUnpickler(pickle._Unpickler):
         if type(arguments) is not tuple:
             raise ValueError("a call without a tuple of arguments")
         rebuild = self.rebuilders.get(function.path)
+        if rebuild is not None:  # what lies in the memo once can be copied a million times
+            self.may_copy -= sum(map(count_copied, arguments))
+            if self.may_copy < 0:
+                raise ValueError("contents that are repeated endlessly")
         self.append(Record(function.path, arguments) if rebuild is None else rebuild(*arguments))
 
     def call_function(self) -> None:  # REDUCE

@@ -1,12 +1,11 @@
 """The U-Net for training in bfloat16: the same network as `UNet`, with every convolution as one matrix product.
 
-A convolution over [B, L, C] is the product of a [B L, K C_in] matrix of neighbouring rows and its filters as [K C_in, C_out]; both
-gradients are products of the same sizes. On a CPU they reach the processor's bfloat16 rate at batch 8, where a convolution of [B, C, L]
-in float32 stays far below. Filters keep their names and shapes but lie in memory as [C_out, K, C_in], so that no product needs a
-reordered copy of them.
+A convolution of x [B, L, C_in] is the product of a [B L, K C_in] matrix of neighbouring rows and a [K C_in, C_out] of filters;
+both gradients are products of the same sizes. On a CPU they reach the processor's bfloat16 rate at batch 8 already. Filters
+keep their names and shapes but lie in memory as [C_out, K, C_in], so that no product needs a reordered copy of them.
 
-Products take bfloat16 copies of the filters and give bfloat16 gradients with respect to these; the weights that learn stay float32.
-Everything of one dimension, the noise embedding and the last, narrow product are float32 throughout.
+Products take bfloat16 copies of the filters and give bfloat16 gradients with respect to these; the weights that learn stay
+float32. Everything of one dimension, the noise embedding and the last, narrow product are float32 throughout.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ class TrainingUNet:
     """A differentiable forward pass of a `UNet`: x [B, H, D], noise_label [B] -> [B, H, D] float32.
 
     `copies` maps filters to their bfloat16 copies, which collect the gradients in the filters' place (those of several backward
-    passes add up in bfloat16); `refresh` after every change of the weights. The U-Net's filters are laid out anew in place.
+    passes add up in bfloat16); whoever changes the weights brings them up to date. The filters are laid out anew in place.
     """
 
     def __init__(self, unet: UNet):
@@ -33,11 +32,6 @@ class TrainingUNet:
             if parameter.ndim == 3 and parameter is not unet.final_conv.weight:
                 parameter.data = parameter.data.transpose(1, 2).contiguous().transpose(1, 2)
                 self.copies[parameter] = parameter.detach().bfloat16().requires_grad_()
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Bring the copies up to the present weights."""
-        torch._foreach_copy_(list(self.copies.values()), list(self.copies))
 
     def __call__(self, x: Tensor, noise_label: Tensor) -> Tensor:
         unet = self.unet

@@ -1,7 +1,7 @@
 """Measures every tile of launch.py on this card and keeps the fastest for each class of shapes.
 
-`python -m dydiff.kernels.tune` runs the default U-Net at a full and at a small batch, times each convolution with each tile
-that may serve it, and writes launch_table.json beside this file (or to --save); entries of other families of cards stay.
+`python profiling/tune_kernels.py` runs the default U-Net at a full and at a small batch, times each convolution with each tile
+that may serve it, and writes kernels/launch_table.json (or --save); entries of other families of cards stay.
 Compiling all variants takes minutes the first time. Nothing else ever tunes: without a table, launch.py's rule decides.
 """
 
@@ -24,6 +24,8 @@ from dydiff.kernels.launch import TABLE, TILES, Launch, Tile, family, fits_card,
 from dydiff.kernels.layout import Activation
 from dydiff.kernels.packing import ConvBlock, Convolution, Residual
 from dydiff.kernels.unet_triton import TwoPassBlocks, why_unavailable
+from dydiff.networks.fused_unet import FusedUNet
+from dydiff.networks.unet import UNet
 
 Times = dict[str, dict[Tile, float]]  # class of shapes -> tile -> milliseconds, summed over the layers of that class
 
@@ -77,6 +79,7 @@ def measure(launch: Launch) -> float:
 
 
 def fastest(times: Times) -> dict[str, str]:
+    """The quickest tile of every class of shapes, as the table spells it."""
     return {name: " ".join(map(str, min(tiles, key=tiles.__getitem__))) for name, tiles in sorted(times.items())}
 
 
@@ -88,10 +91,7 @@ def save(choices: dict[str, str], name: str, path: Path) -> None:
 
 
 def main() -> None:
-    from dydiff.networks.fused_unet import FusedUNet
-    from dydiff.networks.unet import UNet
-
-    parser = argparse.ArgumentParser(prog="python -m dydiff.kernels.tune", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python profiling/tune_kernels.py", description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, nargs="+", default=[2048, 32], help="batch sizes to measure (default: 2048 32)")
     parser.add_argument("--horizon", type=int, default=100)
     parser.add_argument("--save", type=Path, default=TABLE, help="where to write the table (default: where it is read)")

@@ -1,0 +1,331 @@
+"""How fast does the diffusion model train? dydiff's precisions against published-style and the strongest stock PyTorch.
+
+    python benchmarks/pretrain_speed.py --quick
+    python benchmarks/pretrain_speed.py --json speed.jsonl --plot speed.png
+    python benchmarks/pretrain_speed.py --batch 8,64 --variants published,ours
+
+The one case, `pretrain`, is a whole training step of the full-size U-Net (58.75 M parameters) on Hopper's dimensions: draw
+windows, loss, gradients, gradient repair, Adam, moving average of the weights. Variants:
+
+    published   eager float32 on [B, C, H] (on a GPU with PyTorch's default TF32 convolutions); windows copied from the dataset
+                once and served by a DataLoader; torch.optim.Adam as it comes; loops over the parameters for repair and average
+    stock       Conv2d(1, k) channels-last under bfloat16 autocast, fused Adam, foreach operators, windows gathered on the
+                device; eager or, but for --quick, torch.compile, whichever is faster here
+    reference   dydiff's trainer with --precision float32
+    ours        dydiff's trainer with --precision auto
+
+Before anything is timed, every variant's gradient with respect to all weights, on the same windows, noise levels and noise, is
+checked against float32 without TF32; one above its limit stops the run with status 1 (`error` in the table). Variants are then
+timed in turn. The table shows medians, the range, the number of repetitions n, the speed-up over `published`, TFLOP/s
+(multiply-adds of direct convolutions and matrix products, forward and backward) and their share of what large square matrix
+products of the same dtype reach here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from baselines import PlainUNet
+from harness import (
+    BenchmarkError,
+    Case,
+    Patience,
+    Variant,
+    append_lines,
+    check_output,
+    describe_machine,
+    make_lines,
+    measure_matrix_rate,
+    race,
+    time_call,
+)
+from results import draw, table_header, table_rows
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dydiff.data import Dataset, Limits, Windows
+from dydiff.device import find_device
+from dydiff.diffusion.edm import Denoiser, draw_sigma, edm_loss
+from dydiff.diffusion.training import DiffusionTrainer
+from dydiff.errors import DydiffError
+from dydiff.networks.unet import UNet
+
+OBSERVATION_DIM, ACTION_DIM = 11, 3  # hopper
+DATA_DIM = OBSERVATION_DIM + ACTION_DIM
+FULL_SIZE = 128, (1, 4, 8)
+ROWS, EPISODE = 5000, 1000
+LR, RAMP_SAMPLES, HALF_LIFE, SEED = 1e-3, 10e6, 0.5e6, 0
+TOLERANCE = 2.0  # times the harness's limits, which are for one pass through the network: a gradient takes two
+VARIANTS = ("published", "stock", "reference", "ours")
+
+
+class Workload:
+    """Made-up data and a freshly initialised network of one shape; the same in every process."""
+
+    def __init__(self, batch: int, horizon: int, dim: int, dim_mults: Sequence[int], device: str):
+        self.batch, self.horizon, self.dim, self.dim_mults, self.device = batch, horizon, dim, tuple(dim_mults), device
+        source = np.random.default_rng(SEED)
+        observations = np.cumsum(source.normal(size=(ROWS, OBSERVATION_DIM)), axis=0).astype(np.float32)
+        actions = np.tanh(source.normal(size=(ROWS, ACTION_DIM))).astype(np.float32)
+        zeros = np.zeros(ROWS, np.float32)
+        timeouts = np.arange(ROWS) % EPISODE == EPISODE - 1
+        dataset = Dataset("made-up", None, observations, actions, zeros, zeros > 0, timeouts, None, {})
+        self.windows = Windows(dataset, horizon, Limits.from_dataset(dataset), True, device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)
+            self.network = UNet(DATA_DIM, horizon, dim, self.dim_mults).to(device)
+        generator = torch.Generator(device).manual_seed(SEED)
+        self.clean = self.windows.gather(torch.randint(len(self.windows), (batch,), generator=generator, device=device))
+        self.sigma = draw_sigma(batch, generator)
+        self.noise = torch.randn(self.clean.shape, generator=generator, device=device)
+
+    def loss(self, denoiser: Denoiser) -> Tensor:
+        """The loss on the inputs of the check."""
+        return edm_loss(denoiser, self.clean, self.sigma, self.noise).sum() / self.batch
+
+    def plain_network(self, flat: bool) -> PlainUNet:
+        return PlainUNet(self.network.state_dict(), DATA_DIM, self.dim, self.dim_mults, flat).to(self.device)
+
+
+class Published:
+    """A training step as it is written from the paper: `step` returns the loss, `gradient` is that of the check."""
+
+    detail = ""
+
+    def __init__(self, work: Workload):
+        self.work = work
+        self.dtype = "tf32" if work.device.startswith("cuda") else "float32"
+        self.denoiser = Denoiser(work.plain_network(flat=True), OBSERVATION_DIM)
+        self.ema = copy.deepcopy(self.denoiser).requires_grad_(False)
+        self.optimizer = torch.optim.Adam(self.denoiser.parameters(), lr=LR)
+        copies = work.windows.gather(torch.arange(len(work.windows), device=work.device)).cpu()  # [W, H, D]
+        self.loader = torch.utils.data.DataLoader(copies, work.batch, shuffle=True, drop_last=True)
+        self.batches = iter(self.loader)
+        self.seen = 0
+
+    def gradient(self) -> Tensor:
+        self.work.loss(self.denoiser).backward()
+        return torch.cat([parameter.grad.flatten() for parameter in self.denoiser.parameters()])
+
+    def step(self) -> Tensor:
+        try:
+            clean = next(self.batches)
+        except StopIteration:
+            self.batches = iter(self.loader)
+            clean = next(self.batches)
+        clean = clean.to(self.work.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = LR * min(self.seen / RAMP_SAMPLES, 1)
+        self.optimizer.zero_grad(set_to_none=True)
+        sigma = (torch.randn(len(clean), device=clean.device) * 1.2 - 1.2).exp()
+        loss = edm_loss(self.denoiser, clean, sigma, torch.randn_like(clean)).sum() / len(clean)
+        loss.backward()
+        for parameter in self.denoiser.parameters():
+            torch.nan_to_num(parameter.grad, nan=0, posinf=1e5, neginf=-1e5, out=parameter.grad)
+        self.optimizer.step()
+        self.seen += len(clean)
+        beta = ema_beta(self.seen, len(clean))
+        with torch.no_grad():
+            for average, parameter in zip(self.ema.parameters(), self.denoiser.parameters(), strict=True):
+                average.copy_(parameter.lerp(average, beta))
+        return loss.detach()
+
+
+class Stock:
+    """The same from PyTorch's fastest parts."""
+
+    dtype = "bfloat16"
+
+    def __init__(self, work: Workload, compile: bool):
+        self.work = work
+        self.kind = torch.device(work.device).type
+        network = work.plain_network(flat=False).to(memory_format=torch.channels_last)
+        self.denoiser = Denoiser(network, OBSERVATION_DIM)
+        self.parameters = list(network.parameters())
+        self.averages = [parameter.detach().clone() for parameter in self.parameters]
+        self.optimizer = torch.optim.Adam(self.parameters, lr=LR, fused=True)
+        self.generator = torch.Generator(work.device).manual_seed(SEED)
+        self.seen = 0
+        candidates = {"eager": self._loss}
+        if compile:
+            candidates["compiled"] = torch.compile(self._loss, dynamic=False)
+        timed: dict[str, float] = {}
+        for name, self.loss in candidates.items():
+            with contextlib.suppress(torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError):
+                timed[name] = min(time_call(self._descend)[0] for _ in range(3 if compile else 1))
+        self.detail = min(timed, key=timed.get)
+        self.loss = candidates[self.detail]
+
+    def _loss(self, clean: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+        with torch.autocast(self.kind, torch.bfloat16):
+            return edm_loss(self.denoiser, clean, sigma, noise).sum() / len(clean)
+
+    def _descend(self) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(self.work.clean, self.work.sigma, self.work.noise)
+        loss.backward()
+        return loss
+
+    def gradient(self) -> Tensor:
+        self._descend()
+        return torch.cat([parameter.grad.flatten() for parameter in self.parameters])
+
+    def step(self) -> Tensor:
+        windows, batch = self.work.windows, self.work.batch
+        index = torch.randint(len(windows), (batch,), generator=self.generator, device=windows.device)
+        clean, sigma = windows.gather(index), draw_sigma(batch, self.generator)
+        noise = torch.randn(clean.shape, generator=self.generator, device=clean.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = LR * min(self.seen / RAMP_SAMPLES, 1)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(clean, sigma, noise)
+        loss.backward()
+        for parameter in self.parameters:
+            torch.nan_to_num(parameter.grad, nan=0, posinf=1e5, neginf=-1e5, out=parameter.grad)
+        self.optimizer.step()
+        self.seen += batch
+        with torch.no_grad():
+            torch._foreach_lerp_(self.averages, self.parameters, 1 - ema_beta(self.seen, batch))
+        return loss.detach()
+
+
+class Ours:
+    """dydiff's trainer in one of its precisions."""
+
+    def __init__(self, work: Workload, precision: str):
+        self.work = work
+        denoiser = Denoiser(copy.deepcopy(work.network), OBSERVATION_DIM)
+        arguments = {"batch_size": work.batch, "duration": 10**9, "tick": work.batch, "seed": SEED, "precision": precision}
+        self.trainer = DiffusionTrainer(denoiser, work.windows, {}, **arguments)
+        in_float32 = "tf32" if work.device.startswith("cuda") else "float32"
+        self.dtype = "bfloat16" if self.trainer.precision == "bf16" else in_float32
+        self.detail = "" if precision == "float32" else self.trainer.precision
+
+    def gradient(self) -> Tensor:
+        self.work.loss(self.trainer.learner).backward()
+        update = self.trainer.update
+        gradients = [update.copies.get(weight, weight).grad.flatten().float() for weight in update.weights]
+        update.clear_gradients()
+        return torch.cat(gradients)
+
+    def step(self) -> Tensor:
+        return self.trainer._step()
+
+
+Runner = Published | Stock | Ours
+
+
+def ema_beta(seen: int, batch: int) -> float:
+    """How much of the average a batch leaves as it is."""
+    return 0.5 ** (batch / min(HALF_LIFE, 0.05 * seen))
+
+
+def build_runner(name: str, work: Workload, quick: bool) -> Runner:
+    """A variant by its name.
+
+    Raises:
+        BenchmarkError: there is none of that name.
+    """
+    if name == "published":
+        return Published(work)
+    if name == "stock":
+        return Stock(work, compile=not quick)
+    if name in ("reference", "ours"):
+        return Ours(work, "float32" if name == "reference" else "auto")
+    raise BenchmarkError(f"There is no variant '{name}'; choose of {', '.join(VARIANTS)}.")
+
+
+def named_gradient(network: nn.Module, work: Workload) -> Tensor:
+    """The gradient of the check in float32 without TF32."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        gradients = torch.autograd.grad(work.loss(Denoiser(network, OBSERVATION_DIM)), list(network.parameters()))
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def with_gradients(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The same where gradients are recorded; the harness turns them off."""
+    return torch.enable_grad()(function)
+
+
+def run_shape(batch: int, horizon: int, options: argparse.Namespace, rates: dict[str, float]) -> list[dict[str, Any]]:
+    """Check and measure one shape: prints it, appends it to --json, and returns its records. `rates` by dtype grows."""
+    torch.compiler.reset()
+    work = Workload(batch, horizon, options.dim, options.dim_mults, options.device)
+    with FlopCounterMode(display=False) as counter:
+        expected = named_gradient(work.network, work)
+    errors, variants = {}, []
+    for name in options.variants or VARIANTS:
+        runner = build_runner(name, work, options.quick)
+        step = with_gradients(runner.step)
+        variant = Variant(name, runner.dtype, step, step, 1, counter.get_total_flops(), runner.detail)
+        errors[name] = check_output(variant, runner.gradient(), expected, TOLERANCE)
+        variants.append(variant)
+    del expected
+    for dtype in sorted({variant.dtype for variant in variants} - rates.keys()):
+        rates[dtype] = measure_matrix_rate(dtype, options.device)
+    case = Case("pretrain", batch, horizon, variants, tolerance=TOLERANCE)
+    seconds = options.seconds or (2.0 if options.quick else 10.0)
+    measurements = race(case, Patience(seconds, least=3, warm_up=True))
+    for measurement in measurements:
+        measurement.error = errors[measurement.variant.name]
+    lines = make_lines(case, measurements, describe_machine(options.device), rates, {})
+    print(table_rows(lines), flush=True)
+    if options.json:
+        append_lines(options.json, lines)
+    return lines
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    def integers(text: str) -> list[int]:
+        return [int(word) for word in text.split(",")]
+
+    def words(text: str) -> list[str]:
+        return text.split(",")
+
+    description, _, details = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=description, epilog=details, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="few repetitions, nothing is compiled")
+    parser.add_argument("--batch", type=integers, default=[8], help="windows an update, such as 8,64")
+    parser.add_argument("--horizon", type=integers, default=[100], help="rows, such as 32,100")
+    parser.add_argument("--variants", type=words, help=f"some of {','.join(VARIANTS)}")
+    parser.add_argument("--device", default="auto", help="cpu, cuda:0, ...; auto takes a GPU if there is one")
+    parser.add_argument("--seconds", type=float, help="how long to time each variant (default: 10, --quick: 2)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON object a line")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw times and shares of the matrix rate")
+    parser.add_argument("--dim", type=int, default=FULL_SIZE[0], help="width of the network; a small one to try things out")
+    parser.add_argument("--dim-mults", type=integers, default=list(FULL_SIZE[1]), help="widths by level, times dim")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    try:
+        options.device = find_device(options.device)
+        print(", ".join(f"{name} {value}" for name, value in describe_machine(options.device).items()))
+        print(table_header())
+        rates: dict[str, float] = {}
+        records = []
+        for horizon in options.horizon:
+            for batch in options.batch:
+                records += run_shape(batch, horizon, options, rates)
+        print("Large matrix products: " + ", ".join(f"{dtype} {rate / 1e12:.3g} TFLOP/s" for dtype, rate in rates.items()))
+        if options.plot:
+            draw(records, options.plot)
+    except (BenchmarkError, DydiffError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
