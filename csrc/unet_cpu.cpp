@@ -1,5 +1,10 @@
 #include "unet_cpu.h"
 
+// Nobody reads floating-point exception flags or errno here; without this promise loops with a comparison stay scalar.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("no-trapping-math", "no-math-errno")
+#endif
+
 #include "vectors.h"
 
 namespace unet {
@@ -25,41 +30,38 @@ void transform_input(const bfloat16* const rows[POINTS], bfloat16* const out[POI
     }
 }
 
-// A^T for one pair of rows: width channels of six points -> two rows of `scratch`, bias added.
+// A^T for one pair of rows: all channels of six points -> two rows of `scratch`, bias added.
 FOR_EACH_CPU
-void transform_output(const bfloat16* const points[POINTS], const float* bias, float* first, float* second, int64_t width) {
+void transform_output(const bfloat16* const points[POINTS], const float* bias, float* __restrict__ first,
+                      float* __restrict__ second, int64_t channels) {
     const bfloat16 *p0 = points[0], *p1 = points[1], *p2 = points[2], *p3 = points[3], *p4 = points[4], *p5 = points[5];
-#pragma GCC ivdep
-    for (int64_t c = 0; c < width; ++c) {
+    for (int64_t c = 0; c < channels; ++c) {
         const float m1 = widen(p1[c]), m2 = widen(p2[c]), m3 = widen(p3[c]), m4 = widen(p4[c]);
         first[c] = widen(p0[c]) + m1 + m2 + m3 + m4 + bias[c];
         second[c] = m1 - m2 + 2.0f * m3 - 0.5f * m4 + widen(p5[c]) + bias[c];
     }
 }
 
-// Sums of the rows' deviations from `center` and of their squares, one accumulator a channel.
+// Sums of the rows' deviations from `center` and of their squares, channel by channel.
 FOR_EACH_CPU
-void accumulate(const float* values, float center, float* sum, float* square, int64_t rows, int64_t width) {
+void accumulate(const float* __restrict__ values, const float* center, float* __restrict__ sum, float* __restrict__ square,
+                int64_t rows, int64_t channels) {
     for (int64_t row = 0; row < rows; ++row) {
-        const float* value = values + row * width;
-#pragma GCC ivdep
-        for (int64_t c = 0; c < width; ++c) {
-            const float deviation = value[c] - center;
+        const float* value = values + row * channels;
+        for (int64_t c = 0; c < channels; ++c) {
+            const float deviation = value[c] - center[c];
             sum[c] += deviation;
             square[c] += deviation * deviation;
         }
     }
 }
 
-// One row of one group: normalise, Mish, add what is given.
+// One row: normalise, Mish, add time bias and residual.
 FOR_EACH_CPU
 void finish_row(const float* value, const float* scale, const float* shift, const float* time_bias, const bfloat16* residual,
-                bfloat16* y, int64_t width) {
-#pragma GCC ivdep
-    for (int64_t c = 0; c < width; ++c) {
-        float result = mish(value[c] * scale[c] + shift[c]) + time_bias[c];
-        if (residual) result += widen(residual[c]);
-        y[c] = narrow(result);
+                bfloat16* __restrict__ y, int64_t channels) {
+    for (int64_t c = 0; c < channels; ++c) {
+        y[c] = narrow(mish(value[c] * scale[c] + shift[c]) + time_bias[c] + widen(residual[c]));
     }
 }
 
@@ -92,35 +94,40 @@ void winograd_output(const bfloat16* m, const float* bias, const float* norm_wei
                      const float* time_bias, const bfloat16* residual, bfloat16* y, int64_t batch, int64_t length,
                      int64_t channels, int num_threads) {
     const int64_t tiles = (length + 1) / 2, plane = batch * tiles * channels, width = channels / GROUPS;
-    parallel(batch * GROUPS, num_threads, [=](int64_t begin, int64_t end) {
-        std::vector<float> values(2 * tiles * width), sum(width), square(width), scale(width), shift(width);
-        const std::vector<float> no_bias(width, 0.0f);
-        for (int64_t item = begin; item < end; ++item) {
-            const int64_t sample = item / GROUPS, from = item % GROUPS * width;
+    parallel(batch, num_threads, [=](int64_t begin, int64_t end) {
+        std::vector<float> values(2 * tiles * channels), sum(channels), square(channels), scale(channels), shift(channels);
+        const std::vector<float> no_bias(channels, 0.0f);
+        const std::vector<bfloat16> no_residual(channels, 0);
+        for (int64_t sample = begin; sample < end; ++sample) {
             for (int64_t tile = 0; tile < tiles; ++tile) {
                 const bfloat16* points[POINTS];
-                for (int i = 0; i < POINTS; ++i) points[i] = m + i * plane + (sample * tiles + tile) * channels + from;
-                float* row = values.data() + 2 * tile * width;
-                transform_output(points, bias + from, row, row + width, width);
+                for (int i = 0; i < POINTS; ++i) points[i] = m + i * plane + (sample * tiles + tile) * channels;
+                float* row = values.data() + 2 * tile * channels;
+                transform_output(points, bias, row, row + channels, channels);
             }
-            // Deviations from one of the values, so that a large common offset does not eat the variance.
-            const double center = values[0], count = static_cast<double>(length * width);
+            // Deviations from the first row, so that a large common offset does not eat the variance.
             std::fill(sum.begin(), sum.end(), 0.0f);
             std::fill(square.begin(), square.end(), 0.0f);
-            accumulate(values.data(), values[0], sum.data(), square.data(), length, width);
-            double total = 0, total_square = 0;
-            for (int64_t c = 0; c < width; ++c) total += sum[c], total_square += square[c];
-            const double mean = total / count, variance = std::max(total_square / count - mean * mean, 0.0);
-            const double inverse = 1.0 / std::sqrt(variance + EPSILON);
-            for (int64_t c = 0; c < width; ++c) {
-                scale[c] = static_cast<float>(norm_weight[from + c] * inverse);
-                shift[c] = static_cast<float>(norm_bias[from + c] - (center + mean) * norm_weight[from + c] * inverse);
+            accumulate(values.data(), values.data(), sum.data(), square.data(), length, channels);
+            for (int64_t from = 0; from < channels; from += width) {
+                // Merge the channels' means and squared deviations (Chan et al. 1979).
+                double total = 0, spread = 0;
+                for (int64_t c = from; c < from + width; ++c) total += values[c] + sum[c] / length;
+                const double mean = total / width;
+                for (int64_t c = from; c < from + width; ++c) {
+                    const double offset = values[c] + sum[c] / length - mean;
+                    spread += square[c] - static_cast<double>(sum[c]) * sum[c] / length + length * offset * offset;
+                }
+                const double inverse = 1.0 / std::sqrt(std::max(spread, 0.0) / (length * width) + EPSILON);
+                for (int64_t c = from; c < from + width; ++c) {
+                    scale[c] = static_cast<float>(norm_weight[c] * inverse);
+                    shift[c] = static_cast<float>(norm_bias[c] - mean * norm_weight[c] * inverse);
+                }
             }
-            const float* offset = time_bias ? time_bias + from : no_bias.data();
             for (int64_t row = 0; row < length; ++row) {
-                const int64_t at = (sample * length + row) * channels + from;
-                finish_row(values.data() + row * width, scale.data(), shift.data(), offset, residual ? residual + at : nullptr,
-                           y + at, width);
+                const int64_t at = (sample * length + row) * channels;
+                finish_row(values.data() + row * channels, scale.data(), shift.data(), time_bias ? time_bias : no_bias.data(),
+                           residual ? residual + at : no_residual.data(), y + at, channels);
             }
         }
     });
