@@ -38,7 +38,7 @@ _HOMES = {
     "load_diffusion_model": "dydiff.models",
     "load_dynamics": "dydiff.models",
     "load_policy": "dydiff.models",
-    "load_problem": "dydiff.stages",
+    "load_problem": "dydiff.problem",
     "load_reward": "dydiff.models",
     "make_synthetic_transitions": "dydiff.rollout",
     "make_transitions": "dydiff.data",

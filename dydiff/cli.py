@@ -261,7 +261,8 @@ def add_import_options(parser: argparse.ArgumentParser) -> None:
 def run_import(options: argparse.Namespace) -> None:
     """Turn a published checkpoint (a pickle) into one of dydiff's, without running anything that is in it."""
     from dydiff.importing import read_file
-    from dydiff.stages import load_problem, make_importer
+    from dydiff.policy_stage import make_importer
+    from dydiff.problem import load_problem
 
     file = Path(options.file)
     out = Path(options.out) if options.out else file.with_suffix(".safetensors")

@@ -11,9 +11,9 @@ import torch
 from dydiff.data import Spaces
 from dydiff.environments import EnvironmentSpec
 from dydiff.models import Policy
+from dydiff.problem import Problem
 from dydiff.rollout import RolloutEngine
 from dydiff.simulate import roll_out_simulator, state_from_observation
-from dydiff.stages import Problem
 
 NO_MOTION, SINGLE_STEP, DYDIFF = "no motion", "single-step", "DyDiff"
 

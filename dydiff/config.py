@@ -75,7 +75,7 @@ class SamplerKwargs:
     S_noise: float = 1.002  # inflation of the added noise
     num_steps: int = 34  # noise levels; 2 num_steps - 1 network evaluations
     iterative_times: int = 2  # policy injections after the autoregressive start
-    backend: str = "auto"  # what evaluates the network: auto, reference, extension, compiled, bf16, triton-a, triton-b (dydiff/backends.py)
+    backend: str = "auto"  # what evaluates the network, one of those that dydiff/backends.py explains
     fast: bool = False  # DPM-Solver++ in place of all S_* and num_steps: far fewer evaluations, other samples
     fast_first_evaluations: int = 20  # fast mode: network evaluations of the first policy injection
     fast_warm_sigma: float = 0.8  # fast mode: noise level put on the current guess, from which later injections start

@@ -21,8 +21,9 @@ from dydiff.dynamics import DynamicsEnsemble
 from dydiff.environments import environment_name, environment_spec
 from dydiff.errors import DydiffError
 from dydiff.models import DIFFUSION, DYNAMICS, POLICY, load_diffusion_model, load_policy
+from dydiff.policy_stage import UPDATES_PER_EPOCH, build_rollouts, find_models
+from dydiff.problem import Problem, load_problem
 from dydiff.runs import list_runs, read_log, read_run, read_settings
-from dydiff.stages import UPDATES_PER_EPOCH, Problem, build_rollouts, find_models, load_problem
 
 ALGORITHM_NAMES = {"td3_bc": "TD3+BC", "diffusion_ql": "Diffusion-QL", "cql": "CQL"}
 

@@ -20,9 +20,10 @@ from dydiff.diffusion.fast_sampler import FastMode
 from dydiff.environments import environment_name, environment_spec
 from dydiff.errors import DydiffError
 from dydiff.models import load_policy
+from dydiff.policy_stage import build_rollouts
+from dydiff.problem import Problem, load_problem
 from dydiff.report import find_policy_runs, format_table, models_of
 from dydiff.rollout import RolloutEngine
-from dydiff.stages import Problem, build_rollouts, load_problem
 
 REFERENCE = "Heun 34"  # the method's own sampler: what the others are compared with
 HEUN_STEPS = (34, 18, 10)

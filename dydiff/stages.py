@@ -1,111 +1,35 @@
 """Builds each stage (diffusion, dynamics, reward, policy) from its settings and runs it inside a run folder.
 
-This is the one module that sees both the settings and the parts; everything below it takes plain arguments.
+This and policy_stage.py see both the settings and the parts; everything below takes plain arguments.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from dydiff.agents import AGENTS
-from dydiff.config import Constants
-from dydiff.data import Dataset, Limits, Spaces, Transitions, Windows, load_dataset, make_transitions
-from dydiff.diffusion.fast_sampler import FastMode
+from dydiff.data import Limits, Windows, load_dataset
 from dydiff.diffusion.training import DiffusionTrainer, choose_precision
 from dydiff.dynamics import DynamicsEnsemble
-from dydiff.environments import (
-    WITHOUT_SIMULATOR,
-    EnvironmentSpec,
-    environment_name,
-    environment_spec,
-)
-from dydiff.errors import DydiffError
-from dydiff.evaluate import Evaluator
-from dydiff.experiment import ALGORITHMS, Variant
+from dydiff.experiment import Variant
 from dydiff.fit import Fit
-from dydiff.importing import Importer, is_published
 from dydiff.models import (
     DIFFUSION,
     DYNAMICS,
     POLICY,
     REWARD,
     build_denoiser,
-    load_diffusion_model,
-    load_dynamics,
-    load_reward,
 )
+from dydiff.policy_stage import build_policy, find_models
+from dydiff.problem import Problem, load_problem
 from dydiff.progress import Progress
-from dydiff.replay import ReplayBuffer
 from dydiff.reward import RewardModel
-from dydiff.rollout import RolloutEngine
-from dydiff.runs import Run, drive, find_model, read_run
-from dydiff.terminal import terminal_function
-from dydiff.trainer import Evaluation, PolicyTrainer, Rollouts, Saving
+from dydiff.runs import Run, drive, read_run
 
-UPDATES_PER_EPOCH = {"td3_bc": 500, "cql": 500, "diffusion_ql": 250}
 KINDS = {"dynamics": DYNAMICS, "reward": REWARD}
-
-
-@dataclass
-class Problem:
-    """A dataset with its environment: what every stage but the diffusion model starts from."""
-
-    dataset: Dataset
-    environment: str
-    spec: EnvironmentSpec | None  # None where no simulator ships
-    transitions: Transitions  # raw, numpy
-    spaces: Spaces
-
-    @property
-    def simulator(self) -> str:
-        """The name and version of the simulator, which stand beside every score: scores of two simulators do not compare."""
-        return self.spec.simulator if self.spec else "none"
-
-    def policy_transitions(self, device: str) -> Transitions:
-        """The transitions in policy space on `device`."""
-        return self.spaces.transitions_to_policy(self.transitions, device)
-
-
-def load_problem(dataset_name: str, env_name: str | None = None, backend: str | None = None) -> Problem:
-    """Load a dataset and tie it to its environment, on the simulator `backend` (None: `Dataset.backend`, where it is known).
-
-    Raises:
-        DydiffError: no such dataset, environment or simulator of it, or they do not fit (dimensions, actions outside the box).
-    """
-    dataset = load_dataset(dataset_name)
-    if env_name is None and dataset.environment is None:
-        raise DydiffError(
-            f"Dataset '{dataset.name}' does not say which environment it is from. Set env_specs.env_name (for example hopper)."
-        )
-    environment = environment_name(env_name or dataset.environment)
-    known = backend or (dataset.backend if environment == dataset.environment else None)
-    spec = None if environment in WITHOUT_SIMULATOR else environment_spec(environment, known)
-    if spec is not None:
-        ours, theirs = (dataset.observation_dim, dataset.action_dim), (spec.observation_dim, spec.action_dim)
-        if ours != theirs:
-            raise DydiffError(
-                f"Dataset '{dataset.name}' has {ours[0]} observation and {ours[1]} action columns, but {environment} has "
-                f"{theirs[0]} and {theirs[1]} ({spec.backend}). Correct env_specs.env_name, env_specs.backend or the dataset."
-            )
-    low = np.array(spec.action_low if spec else [-1.0] * dataset.action_dim, np.float32)
-    high = np.array(spec.action_high if spec else [1.0] * dataset.action_dim, np.float32)
-    outside = (dataset.actions < low - 1e-3) | (dataset.actions > high + 1e-3)
-    if outside.any():
-        row, column = np.argwhere(outside)[0]
-        raise DydiffError(
-            f"Dataset '{dataset.name}' holds {int(outside.any(axis=1).sum()):,} actions outside the range of {environment}, "
-            f"first in row {row}, column {column}: {dataset.actions[row, column]:g} is not in "
-            f"[{low[column]:g}, {high[column]:g}]. Rescale or clip the actions in the file."
-        )
-    transitions = make_transitions(dataset)
-    return Problem(dataset, environment, spec, transitions, Spaces.from_dataset(dataset, transitions, low, high))
 
 
 class OneStepStage:
@@ -169,154 +93,6 @@ def build_one_step(variant: Variant, problem: Problem, device: str) -> OneStepSt
         steps_per_epoch=params.steps_per_epoch,
     )
     return OneStepStage(fit, KINDS[variant.stage], {"model": describe})
-
-
-def build_policy(
-    variant: Variant, problem: Problem, device: str, models: dict[str, list[str]], progress: Progress
-) -> PolicyTrainer:
-    """The policy training of an experiment: agent, buffers, models behind the rollouts, evaluation."""
-    constants, dataset = variant.constants, problem.dataset
-    params = constants.rl_trainer_params
-    describe = _agent_arguments(variant, problem)
-    agent = AGENTS[variant.stage](**describe, device=device, generator=torch.Generator().manual_seed(constants.seed))
-    spaces = problem.spaces.to(device)
-    updates = params.num_train_steps_per_train_call or UPDATES_PER_EPOCH[variant.stage]
-    evaluation = None
-    if problem.spec is not None:
-        evaluator = Evaluator(problem.spec, params.num_steps_per_eval, params.max_path_length, constants.env_specs.env_num)
-        seed = constants.env_specs.eval_env_seed
-        evaluation = Evaluation(evaluator, dataset.name, constants.seed if seed is None else seed, params.eval_freq)
-    else:
-        progress.say(f"No simulator of {problem.environment} ships with dydiff: this run trains without evaluation.")
-    return PolicyTrainer(
-        agent,
-        spaces,
-        real=ReplayBuffer.from_transitions(problem.policy_transitions(device), params.replay_buffer_size),
-        synthetic=ReplayBuffer(params.model_replay_buffer_size, dataset.observation_dim, dataset.action_dim, agent.device),
-        rollouts=build_rollouts(constants, problem, device, models) if models else None,
-        evaluation=evaluation,
-        saving=Saving(
-            params.freq_saving,
-            params.save_best,
-            params.save_replay_buffer,
-            params.save_model_replay_buffer,
-            {
-                "algorithm": variant.stage,
-                "model": describe,
-                "environment": problem.environment,
-                "simulator": problem.simulator,
-            },
-        ),
-        num_epochs=params.num_epochs,
-        updates_per_epoch=updates,
-        batch_size=params.batch_size,
-        real_ratio=params.real_ratio,
-        seed=constants.seed,
-        on_update=progress.advance,
-        update_mode=params.update_mode,
-    )
-
-
-def _agent_arguments(variant: Variant, problem: Problem) -> dict[str, Any]:
-    constants = variant.constants
-    (section,) = (section for section, name in ALGORITHMS.items() if name == variant.stage)
-    arguments = {
-        "observation_dim": problem.dataset.observation_dim,
-        "action_dim": problem.dataset.action_dim,
-        **dataclasses.asdict(getattr(constants, section)),
-    }
-    if variant.stage == "diffusion_ql":
-        arguments["num_epochs"] = constants.rl_trainer_params.num_epochs  # the span of its learning-rate decay
-    return arguments
-
-
-def find_models(constants: Constants, problem: Problem, root: Path) -> dict[str, list[str]]:
-    """The checkpoints that a run's settings name, by kind; `auto` and published files are looked up and converted under `root`.
-
-    Raises:
-        DydiffError: a model is missing.
-    """
-    paths = constants.diff_model_params.model_paths
-    wanted = {
-        DIFFUSION: [paths] if isinstance(paths, str) else paths,
-        DYNAMICS: [constants.dyn_model_params.load_path],
-        REWARD: [constants.model_params.load_path],
-    }
-    if not wanted[DIFFUSION]:
-        raise DydiffError("diff_model_params.model_paths is empty; name a diffusion model, or use 'auto'.")
-    return {kind: [str(_find(problem, root, kind, path).resolve()) for path in named] for kind, named in wanted.items()}
-
-
-def build_rollouts(constants: Constants, problem: Problem, device: str, files: dict[str, list[str]]) -> Rollouts:
-    """The models of a DyDiff run (`files` as `find_models` gives them) and the settings of its rollouts.
-
-    Raises:
-        DydiffError: a model is missing, was trained on other data, or does not fit the others or the settings.
-    """
-    params, dataset = constants.rl_trainer_params, problem.dataset
-    models = [load_diffusion_model(file, dataset, device) for file in files[DIFFUSION]]
-    for model in models:
-        if not model.manifest["include_action"]:
-            raise DydiffError(
-                "The diffusion model was trained with --include_action=False; rollouts inject actions. Train another."
-            )
-        if model.horizon != models[0].horizon:
-            raise DydiffError(f"The diffusion models differ in their horizon: {[each.horizon for each in models]}.")
-    dynamics, reward = load_dynamics(*files[DYNAMICS], dataset, device), load_reward(*files[REWARD], dataset, device)
-    horizon = models[0].horizon
-    length = horizon if params.rollout_length == -1 else params.rollout_length
-    if not 2 <= length <= horizon:
-        raise DydiffError(
-            f"rl_trainer_params.rollout_length must be -1 or between 2 and the diffusion model's horizon {horizon}, "
-            f"not {length}."
-        )
-    sampler = constants.sampler_kwargs
-    fast = FastMode(sampler.fast_first_evaluations, sampler.fast_warm_sigma, sampler.fast_warm_evaluations)
-    engine = RolloutEngine(
-        [model.denoiser for model in models],
-        dynamics,
-        problem.spaces.to(device),
-        horizon,
-        sampler.iterative_times,
-        params.each_rollout_size,
-        {
-            "num_steps": sampler.num_steps,
-            "s_churn": sampler.S_churn,
-            "s_min": sampler.S_min,
-            "s_max": sampler.S_max,
-            "s_noise": sampler.S_noise,
-        },
-        sampler.backend,
-        fast if sampler.fast else None,
-    )
-    keep = params.keep_condition
-    return Rollouts(
-        engine,
-        reward,
-        terminal_function(problem.environment),
-        params.rollout_batch_size,
-        length,
-        params.rollout_freq,
-        keep.filter_type,
-        keep.threshold,
-        keep.softmax_temp,
-    )
-
-
-def make_importer(problem: Problem, horizon: int | None = None) -> Importer:
-    """What ties published checkpoints to the problem's dataset; `horizon` is for diffusion models that do not say theirs."""
-    return Importer(problem.dataset, problem.spaces, problem.transitions, problem.environment, horizon)
-
-
-def _find(problem: Problem, root: Path, kind: str, path: str) -> Path:
-    """`find_model`, where a published file stands for the checkpoint that it is converted to, under `root`."""
-    file = find_model(root, kind, problem.dataset, path)
-    if not is_published(file):
-        return file
-    checkpoint, notes = make_importer(problem).find(file, kind, root / "imported")
-    for note in notes:
-        print(f"{file.name}: {note}")
-    return checkpoint
 
 
 def run_variant(

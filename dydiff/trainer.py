@@ -159,8 +159,8 @@ class PolicyTrainer:
         for name, mean in means.items():
             if not np.isfinite(mean):
                 raise DydiffError(
-                    f"train/{name} is {mean} in epoch {self.epoch + 1}: training has diverged. Lower the learning rate, or continue "
-                    "from an earlier checkpoint of this run."
+                    f"train/{name} is {mean} in epoch {self.epoch + 1}: training has diverged. Lower the learning rate, "
+                    "or continue from an earlier checkpoint of this run."
                 )
         return {f"train/{name}": mean for name, mean in means.items()}
 

@@ -99,23 +99,25 @@ def adam_average(
     Raises:
         DydiffError: a tensor differs from the weight in shape, layout or device, or is not of the type above.
     """
-    kind = torch.float32 if copy is None else torch.bfloat16
-    others = {"first_moment": first_moment, "second_moment": second_moment, "average": average}
-    wanted = {name: (tensor, torch.float32) for name, tensor in {"weight": weight, **others}.items()}
-    wanted |= {"gradient": (gradient, kind)} | ({} if copy is None else {"copy": (copy, kind)})
-    for name, (tensor, dtype) in wanted.items():
-        if tensor.shape != weight.shape or _layout(tensor) != _layout(weight) or tensor.device.type != "cpu":
+    low = torch.float32 if copy is None else torch.bfloat16
+    tensors = {"weight": weight, "first_moment": first_moment, "second_moment": second_moment, "average": average}
+    tensors |= {"gradient": gradient} if copy is None else {"gradient": gradient, "copy": copy}
+    shape, stride = weight.shape, weight.stride()
+    for name, tensor in tensors.items():
+        same_layout = tensor.shape == shape and (tensor.stride() == stride or _layout(tensor) == _layout(weight))
+        if not same_layout or not tensor.is_cpu:
             raise DydiffError(
-                f"adam_average needs `{name}` on the CPU with the weight's shape {list(weight.shape)} and strides "
-                f"{weight.stride()}, not {list(tensor.shape)} and {tensor.stride()} on {tensor.device}."
+                f"adam_average needs `{name}` on the CPU with the weight's shape {list(shape)} and strides {stride}, not "
+                f"{list(tensor.shape)} and {tensor.stride()} on {tensor.device}."
             )
+        dtype = low if name in ("gradient", "copy") else torch.float32
         if tensor.dtype != dtype:
             raise DydiffError(f"adam_average needs `{name}` in {dtype}, not {tensor.dtype}.")
-    if not _is_dense(weight):
-        raise DydiffError(f"adam_average needs tensors without gaps in memory, not strides {weight.stride()}.")
-    if why_unavailable():
+    if not weight.is_contiguous() and not _is_dense(weight):
+        raise DydiffError(f"adam_average needs tensors without gaps in memory, not strides {stride}.")
+    if _native is None:
         raise DydiffError(why_unavailable())
-    state = [tensor.data_ptr() for tensor in (weight, *others.values())]
+    state = [tensor.data_ptr() for tensor in (weight, first_moment, second_moment, average)]
     gradients = (gradient.data_ptr(), 0, 0) if copy is None else (0, gradient.data_ptr(), copy.data_ptr())
     threads = torch.get_num_threads()
     _native.training.adam_average(*state, *gradients, weight.numel(), *coefficients.arguments(), threads)

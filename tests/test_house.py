@@ -88,6 +88,8 @@ STOREYS = [
     "dydiff.trainer",
     "dydiff.runs",
     "dydiff.experiment",
+    "dydiff.problem",
+    "dydiff.policy_stage",
     "dydiff.stages",
     "dydiff.workers",
     "dydiff.validation",
@@ -100,7 +102,7 @@ STOREYS = [
     "dydiff.sampler_quality",
     "dydiff.cli",
 ]
-KNOW_THE_SETTINGS = ["dydiff.experiment", "dydiff.stages", "dydiff.workers", "dydiff.report", "dydiff.cli"]
+KNOW_THE_SETTINGS = ["dydiff.experiment", "dydiff.policy_stage", "dydiff.stages", "dydiff.workers", "dydiff.report", "dydiff.cli"]
 
 
 @every_module

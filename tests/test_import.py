@@ -20,7 +20,8 @@ from dydiff.importing.files import read_published
 from dydiff.importing.records import named_tensors, to_array
 from dydiff.models import load_diffusion_model, load_dynamics, load_policy, load_reward
 from dydiff.networks.published import rename_unet
-from dydiff.stages import load_problem, make_importer
+from dydiff.policy_stage import make_importer
+from dydiff.problem import load_problem
 
 OBS, ACT = 4, 2  # columns of maze2d, which the fixtures collect
 

@@ -26,7 +26,8 @@ from dydiff.data import Limits
 from dydiff.errors import DydiffError
 from dydiff.importing import Importer, files
 from dydiff.importing.files import read_published
-from dydiff.stages import load_problem, make_importer
+from dydiff.policy_stage import make_importer
+from dydiff.problem import load_problem
 
 FORBIDDEN = ("os.", "exec", "compile", "import", "open", "subprocess.", "pickle.find_class", "socket.", "marshal.", "code.")
 watched: list[str] | None = None  # Python tells every one of these through an audit hook

@@ -10,7 +10,7 @@ import pytest
 
 from dydiff.data import legacy_reader, load_dataset, normalized_score
 from dydiff.errors import DydiffError
-from dydiff.stages import load_problem
+from dydiff.problem import load_problem
 
 MINARI_ID = "mujoco/hopper/medium-v0"
 

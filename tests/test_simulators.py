@@ -17,7 +17,7 @@ from dydiff.environments import D4RL_LOCOMOTION, ENVIRONMENTS, environment_spec
 from dydiff.errors import DydiffError
 from dydiff.evaluate import evaluate
 from dydiff.models import POLICY
-from dydiff.stages import load_problem
+from dydiff.problem import load_problem
 
 MODERN = tuple(int(part) for part in mujoco.__version__.split(".")[:2]) >= (3, 5)
 

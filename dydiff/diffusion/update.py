@@ -66,15 +66,15 @@ class Update:
             torch._foreach_copy_(list(self.copies.values()), list(self.copies))
 
     def _step_in_one_pass(self, lr: float, rate: float) -> None:
-        for weight, average in zip(self.weights, self.averages, strict=True):
+        states = [self._state_of(weight) for weight in self.weights]
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1)
+        # All weights are updated at every step, so their counts are one.
+        coefficients = training_cpu.AdamCoefficients(lr, *BETAS, EPSILON, int(steps[0]), rate, INFINITE_GRADIENT)
+        for weight, state, average in zip(self.weights, states, self.averages, strict=True):
             copy = self.copies.get(weight)
             gradient = weight.grad if copy is None else copy.grad
-            state = self._state_of(weight)
-            state["step"] += 1
-            step = int(state["step"])
-            coefficients = training_cpu.AdamCoefficients(lr, *BETAS, EPSILON, step, rate, INFINITE_GRADIENT)
-            moments = state["exp_avg"], state["exp_avg_sq"]
-            training_cpu.adam_average(weight, *moments, average, gradient, copy, coefficients)
+            training_cpu.adam_average(weight, state["exp_avg"], state["exp_avg_sq"], average, gradient, copy, coefficients)
 
     def _state_of(self, weight: nn.Parameter) -> dict[str, Tensor]:
         """Adam's state of a weight, as Adam itself would begin it."""

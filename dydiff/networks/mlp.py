@@ -13,7 +13,7 @@ from dydiff.errors import DydiffError
 
 
 def mish(x: Tensor) -> Tensor:
-    """x tanh(softplus(x)) (arXiv 1908.08681), on the CPU as x q / (2 - q) with q = s (2 - s), s = sigmoid(x): a third of the time."""
+    """x tanh(softplus(x)) (arXiv 1908.08681); on the CPU x q / (2 - q), q = s (2 - s), s = sigmoid(x): a third of the time."""
     if x.is_cuda:
         return F.mish(x)
     sigmoid = x.sigmoid()

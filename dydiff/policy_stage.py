@@ -1,0 +1,175 @@
+"""Builds policy training from an experiment's settings: agent, buffers, the models behind the rollouts, evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dydiff.agents import AGENTS
+from dydiff.config import Constants
+from dydiff.diffusion.fast_sampler import FastMode
+from dydiff.errors import DydiffError
+from dydiff.evaluate import Evaluator
+from dydiff.experiment import ALGORITHMS, Variant
+from dydiff.importing import Importer, is_published
+from dydiff.models import DIFFUSION, DYNAMICS, REWARD, load_diffusion_model, load_dynamics, load_reward
+from dydiff.problem import Problem
+from dydiff.progress import Progress
+from dydiff.replay import ReplayBuffer
+from dydiff.rollout import RolloutEngine
+from dydiff.runs import find_model
+from dydiff.terminal import terminal_function
+from dydiff.trainer import Evaluation, PolicyTrainer, Rollouts, Saving
+
+UPDATES_PER_EPOCH = {"td3_bc": 500, "cql": 500, "diffusion_ql": 250}
+
+
+def build_policy(
+    variant: Variant, problem: Problem, device: str, models: dict[str, list[str]], progress: Progress
+) -> PolicyTrainer:
+    """The policy training of an experiment: agent, buffers, models behind the rollouts, evaluation."""
+    constants, dataset = variant.constants, problem.dataset
+    params = constants.rl_trainer_params
+    describe = _agent_arguments(variant, problem)
+    agent = AGENTS[variant.stage](**describe, device=device, generator=torch.Generator().manual_seed(constants.seed))
+    spaces = problem.spaces.to(device)
+    updates = params.num_train_steps_per_train_call or UPDATES_PER_EPOCH[variant.stage]
+    evaluation = None
+    if problem.spec is not None:
+        evaluator = Evaluator(problem.spec, params.num_steps_per_eval, params.max_path_length, constants.env_specs.env_num)
+        seed = constants.env_specs.eval_env_seed
+        evaluation = Evaluation(evaluator, dataset.name, constants.seed if seed is None else seed, params.eval_freq)
+    else:
+        progress.say(f"No simulator of {problem.environment} ships with dydiff: this run trains without evaluation.")
+    return PolicyTrainer(
+        agent,
+        spaces,
+        real=ReplayBuffer.from_transitions(problem.policy_transitions(device), params.replay_buffer_size),
+        synthetic=ReplayBuffer(params.model_replay_buffer_size, dataset.observation_dim, dataset.action_dim, agent.device),
+        rollouts=build_rollouts(constants, problem, device, models) if models else None,
+        evaluation=evaluation,
+        saving=Saving(
+            params.freq_saving,
+            params.save_best,
+            params.save_replay_buffer,
+            params.save_model_replay_buffer,
+            {
+                "algorithm": variant.stage,
+                "model": describe,
+                "environment": problem.environment,
+                "simulator": problem.simulator,
+            },
+        ),
+        num_epochs=params.num_epochs,
+        updates_per_epoch=updates,
+        batch_size=params.batch_size,
+        real_ratio=params.real_ratio,
+        seed=constants.seed,
+        on_update=progress.advance,
+        update_mode=params.update_mode,
+    )
+
+
+def _agent_arguments(variant: Variant, problem: Problem) -> dict[str, Any]:
+    constants = variant.constants
+    (section,) = (section for section, name in ALGORITHMS.items() if name == variant.stage)
+    arguments = {
+        "observation_dim": problem.dataset.observation_dim,
+        "action_dim": problem.dataset.action_dim,
+        **dataclasses.asdict(getattr(constants, section)),
+    }
+    if variant.stage == "diffusion_ql":
+        arguments["num_epochs"] = constants.rl_trainer_params.num_epochs  # the span of its learning-rate decay
+    return arguments
+
+
+def find_models(constants: Constants, problem: Problem, root: Path) -> dict[str, list[str]]:
+    """The checkpoints that a run's settings name, by kind; `auto` and published files are looked up and converted under `root`.
+
+    Raises:
+        DydiffError: a model is missing.
+    """
+    paths = constants.diff_model_params.model_paths
+    wanted = {
+        DIFFUSION: [paths] if isinstance(paths, str) else paths,
+        DYNAMICS: [constants.dyn_model_params.load_path],
+        REWARD: [constants.model_params.load_path],
+    }
+    if not wanted[DIFFUSION]:
+        raise DydiffError("diff_model_params.model_paths is empty; name a diffusion model, or use 'auto'.")
+    return {kind: [str(_find(problem, root, kind, path).resolve()) for path in named] for kind, named in wanted.items()}
+
+
+def build_rollouts(constants: Constants, problem: Problem, device: str, files: dict[str, list[str]]) -> Rollouts:
+    """The models of a DyDiff run (`files` as `find_models` gives them) and the settings of its rollouts.
+
+    Raises:
+        DydiffError: a model is missing, was trained on other data, or does not fit the others or the settings.
+    """
+    params, dataset = constants.rl_trainer_params, problem.dataset
+    models = [load_diffusion_model(file, dataset, device) for file in files[DIFFUSION]]
+    for model in models:
+        if not model.manifest["include_action"]:
+            raise DydiffError(
+                "The diffusion model was trained with --include_action=False; rollouts inject actions. Train another."
+            )
+        if model.horizon != models[0].horizon:
+            raise DydiffError(f"The diffusion models differ in their horizon: {[each.horizon for each in models]}.")
+    dynamics, reward = load_dynamics(*files[DYNAMICS], dataset, device), load_reward(*files[REWARD], dataset, device)
+    horizon = models[0].horizon
+    length = horizon if params.rollout_length == -1 else params.rollout_length
+    if not 2 <= length <= horizon:
+        raise DydiffError(
+            f"rl_trainer_params.rollout_length must be -1 or between 2 and the diffusion model's horizon {horizon}, "
+            f"not {length}."
+        )
+    sampler = constants.sampler_kwargs
+    fast = FastMode(sampler.fast_first_evaluations, sampler.fast_warm_sigma, sampler.fast_warm_evaluations)
+    engine = RolloutEngine(
+        [model.denoiser for model in models],
+        dynamics,
+        problem.spaces.to(device),
+        horizon,
+        sampler.iterative_times,
+        params.each_rollout_size,
+        {
+            "num_steps": sampler.num_steps,
+            "s_churn": sampler.S_churn,
+            "s_min": sampler.S_min,
+            "s_max": sampler.S_max,
+            "s_noise": sampler.S_noise,
+        },
+        sampler.backend,
+        fast if sampler.fast else None,
+    )
+    keep = params.keep_condition
+    return Rollouts(
+        engine,
+        reward,
+        terminal_function(problem.environment),
+        params.rollout_batch_size,
+        length,
+        params.rollout_freq,
+        keep.filter_type,
+        keep.threshold,
+        keep.softmax_temp,
+    )
+
+
+def make_importer(problem: Problem, horizon: int | None = None) -> Importer:
+    """What ties published checkpoints to the problem's dataset; `horizon` is for diffusion models that do not say theirs."""
+    return Importer(problem.dataset, problem.spaces, problem.transitions, problem.environment, horizon)
+
+
+def _find(problem: Problem, root: Path, kind: str, path: str) -> Path:
+    """`find_model`, where a published file stands for the checkpoint that it is converted to, under `root`."""
+    file = find_model(root, kind, problem.dataset, path)
+    if not is_published(file):
+        return file
+    checkpoint, notes = make_importer(problem).find(file, kind, root / "imported")
+    for note in notes:
+        print(f"{file.name}: {note}")
+    return checkpoint

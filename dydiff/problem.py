@@ -1,0 +1,66 @@
+"""A dataset tied to its environment: what the dynamics, the reward and the policy are trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dydiff.data import Dataset, Spaces, Transitions, load_dataset, make_transitions
+from dydiff.environments import WITHOUT_SIMULATOR, EnvironmentSpec, environment_name, environment_spec
+from dydiff.errors import DydiffError
+
+
+@dataclass
+class Problem:
+    """A dataset with its environment: what every stage but the diffusion model starts from."""
+
+    dataset: Dataset
+    environment: str
+    spec: EnvironmentSpec | None  # None where no simulator ships
+    transitions: Transitions  # raw, numpy
+    spaces: Spaces
+
+    @property
+    def simulator(self) -> str:
+        """The name and version of the simulator, which stand beside every score: scores of two simulators do not compare."""
+        return self.spec.simulator if self.spec else "none"
+
+    def policy_transitions(self, device: str) -> Transitions:
+        """The transitions in policy space on `device`."""
+        return self.spaces.transitions_to_policy(self.transitions, device)
+
+
+def load_problem(dataset_name: str, env_name: str | None = None, backend: str | None = None) -> Problem:
+    """Load a dataset and tie it to its environment, on the simulator `backend` (None: `Dataset.backend`, where it is known).
+
+    Raises:
+        DydiffError: no such dataset, environment or simulator of it, or they do not fit (dimensions, actions outside the box).
+    """
+    dataset = load_dataset(dataset_name)
+    if env_name is None and dataset.environment is None:
+        raise DydiffError(
+            f"Dataset '{dataset.name}' does not say which environment it is from. Set env_specs.env_name (for example hopper)."
+        )
+    environment = environment_name(env_name or dataset.environment)
+    known = backend or (dataset.backend if environment == dataset.environment else None)
+    spec = None if environment in WITHOUT_SIMULATOR else environment_spec(environment, known)
+    if spec is not None:
+        ours, theirs = (dataset.observation_dim, dataset.action_dim), (spec.observation_dim, spec.action_dim)
+        if ours != theirs:
+            raise DydiffError(
+                f"Dataset '{dataset.name}' has {ours[0]} observation and {ours[1]} action columns, but {environment} has "
+                f"{theirs[0]} and {theirs[1]} ({spec.backend}). Correct env_specs.env_name, env_specs.backend or the dataset."
+            )
+    low = np.array(spec.action_low if spec else [-1.0] * dataset.action_dim, np.float32)
+    high = np.array(spec.action_high if spec else [1.0] * dataset.action_dim, np.float32)
+    outside = (dataset.actions < low - 1e-3) | (dataset.actions > high + 1e-3)
+    if outside.any():
+        row, column = np.argwhere(outside)[0]
+        raise DydiffError(
+            f"Dataset '{dataset.name}' holds {int(outside.any(axis=1).sum()):,} actions outside the range of {environment}, "
+            f"first in row {row}, column {column}: {dataset.actions[row, column]:g} is not in "
+            f"[{low[column]:g}, {high[column]:g}]. Rescale or clip the actions in the file."
+        )
+    transitions = make_transitions(dataset)
+    return Problem(dataset, environment, spec, transitions, Spaces.from_dataset(dataset, transitions, low, high))
