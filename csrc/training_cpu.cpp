@@ -9,8 +9,12 @@ namespace {
 
 using namespace vectors;
 
-// Below this many weights a thread costs more than it saves.
-constexpr int64_t WEIGHTS_A_THREAD = 1 << 16;
+// With fewer elements than this, a thread costs more than it saves.
+constexpr int64_t ELEMENTS_A_THREAD = 1 << 15;
+
+int enough_threads(int64_t elements, int num_threads) {
+    return static_cast<int>(std::min<int64_t>(num_threads, 1 + elements / ELEMENTS_A_THREAD));
+}
 
 // With e = exp(z) and n = e^2 + 2e, mish' = n / (n + 2) + 4 z e (e + 1) / (n + 2)^2. Beyond 20, where the
 // exponential is held, the second term is below rounding.
@@ -118,7 +122,7 @@ void update_range(const Pointers at, const bfloat16* gradient, bfloat16* copy, i
 void norm_mish(const bfloat16* x, const float* weight, const float* bias, bfloat16* y, float* statistics, int64_t batch,
                int64_t length, int64_t channels, int num_threads) {
     const int64_t width = channels / GROUPS;
-    parallel(batch * GROUPS, num_threads, [=](int64_t begin, int64_t end) {
+    parallel(batch * GROUPS, enough_threads(batch * length * channels, num_threads), [=](int64_t begin, int64_t end) {
         std::vector<float> sum(width), square(width), scale(width), shift(width);
         for (int64_t item = begin; item < end; ++item) {
             const int64_t from = item % GROUPS * width, at = item / GROUPS * length * channels + from;
@@ -149,7 +153,7 @@ void norm_mish_backward(const bfloat16* x, const bfloat16* dy, const float* weig
     const int64_t width = channels / GROUPS;
     const float count = static_cast<float>(length * width);
     // A thread takes whole groups: the sums over samples then belong to one thread.
-    parallel(GROUPS, num_threads, [=](int64_t begin, int64_t end) {
+    parallel(GROUPS, enough_threads(batch * length * channels, num_threads), [=](int64_t begin, int64_t end) {
         std::vector<float> slopes(length * width), sum(width), product(width);
         for (int64_t group = begin; group < end; ++group) {
             const int64_t from = group * width;
@@ -181,8 +185,7 @@ void norm_mish_backward(const bfloat16* x, const bfloat16* dy, const float* weig
 void adam_average(float* p, float* m, float* v, float* average, const float* gradient, const bfloat16* low_gradient,
                   bfloat16* low_copy, int64_t count, Update update, int num_threads) {
     const Pointers at{p, m, v, average};
-    const int64_t threads = std::min<int64_t>(num_threads, 1 + count / WEIGHTS_A_THREAD);
-    parallel(count, static_cast<int>(threads), [=](int64_t first, int64_t last) {
+    parallel(count, enough_threads(count, num_threads), [=](int64_t first, int64_t last) {
         if (low_gradient) {
             update_range(at, low_gradient, low_copy, first, last, update);
         } else {

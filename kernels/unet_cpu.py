@@ -13,6 +13,8 @@ within 2e-2 of float32 (tests/conformance.py --backend bf16).
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,6 +50,8 @@ class CpuBlocks:
         from dydiff.kernels import _native
 
         self._native = _native.unet
+        # Megabytes that are asked for anew come as untouched pages, and touching them costs more than the transforms do.
+        self._scratch: dict[str, Tensor] = {}
 
     def pack(self, weights: Weights) -> dict[str, Tensor]:
         """Filters of the blocks to [POINTS, C_in, C_out], other convolutions to matrices; the rest in float32."""
@@ -107,16 +111,23 @@ class CpuBlocks:
         skip_channels = 0 if skip is None else skip.shape[2]
         tiles = (length + 1) // 2
         threads = torch.get_num_threads()
-        v = x.new_empty(POINTS, batch * tiles, channels + skip_channels)
+        v = self._reuse("v", POINTS, batch * tiles, channels + skip_channels)
         sizes = batch, length, channels
         self._native.winograd_input(x.data_ptr(), _address(skip), v.data_ptr(), *sizes, skip_channels, threads)
-        m = torch.bmm(v, filters)
+        m = torch.bmm(v, filters, out=self._reuse("m", POINTS, batch * tiles, filters.shape[2]))
         y = x.new_empty(batch, length, filters.shape[2])
         norm = [packed[prefix + name].data_ptr() for name in ("conv.bias", "norm.weight", "norm.bias")]
         self._native.winograd_output(
             m.data_ptr(), *norm, _address(time_bias), _address(residual), y.data_ptr(), batch, length, y.shape[2], threads
         )
         return y
+
+    def _reuse(self, name: str, *shape: int) -> Tensor:
+        """An uninitialised bfloat16 tensor in the memory of the last one of this name; valid until the next call."""
+        size = math.prod(shape)
+        if name not in self._scratch or self._scratch[name].numel() < size:
+            self._scratch[name] = torch.empty(size, dtype=torch.bfloat16)
+        return self._scratch[name][:size].view(shape)
 
 
 def _transform_filter(weight: Tensor) -> Tensor:

@@ -1,17 +1,19 @@
 """Is this the published method? Runs every recorded case in a folder through dydiff's public code and compares the numbers.
 
-    python tests/conformance.py DIR [--backend NAME | all] [--device cuda]
+    python tests/conformance.py DIR [--backend NAME | all] [--mode NAME | all] [--device cuda]
 
 Each case is an .npz: `meta` (JSON: kind and settings), inputs, weights under published names, expected outputs. One line per
-case (and backend, for the sampler and rollout kinds); exit status 1 on any failure or unknown kind.
+case (and backend, for the sampler and rollout kinds; and mode, for updates of agents); exit status 1 on any failure or unknown kind.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from dydiff.agents.diffusion_actor import PUBLISHED_NAMES, DiffusionActor
 from dydiff.agents.diffusion_ql import DiffusionQL, DiffusionQLNoise
 from dydiff.agents.td3_bc import TD3BC
 from dydiff.backends import BACKENDS, IN_16_BIT, is_available, prepare_denoiser
+from dydiff.capture import CapturedGraph, can_compile, compile_function, trace_gradients, warm_up
 from dydiff.data import Limits, Spaces, Transitions, Windows, ZScore, dataset_from_arrays, make_transitions
 from dydiff.diffusion.edm import Denoiser, edm_loss
 from dydiff.diffusion.sampler import sample_edm
@@ -30,10 +33,13 @@ from dydiff.filters import hardmax_mask, softmax_probability
 from dydiff.networks.policy import TanhGaussianPolicy
 from dydiff.networks.published import rename_unet
 from dydiff.networks.unet import UNet
+from dydiff.replay import split_rows
 from dydiff.reward import RewardModel
 from dydiff.rollout import RolloutEngine, Trajectory, make_synthetic_transitions
 from dydiff.terminal import terminal_function
+from dydiff.updates import MODES
 
+AGENT_KINDS = ("td3bc", "diffql")
 LIMITS_16_BIT = {"edm_sample": 2e-2, "rollout": 2e-2}  # for backends that compute in fp16 or bf16
 FIELDS = dict(zip(Transitions._fields, ("observations", "actions", "rewards", "next_observations", "terminals"), strict=True))
 
@@ -97,8 +103,31 @@ def replay(*draws: Tensor):
 
 def read_batch(case: Case, step: int | None = None) -> Transitions:
     fields = [case["batch/" + name] if step is None else case["batch/" + name][step] for name in FIELDS.values()]
-    batch = Transitions(*fields)
-    return batch._replace(reward=batch.reward.flatten(), terminal=batch.terminal.flatten())
+    return split_rows(torch.cat(fields, dim=1), [field.shape[1] for field in fields])  # as they come from replay
+
+
+def make_update(agent: TD3BC | DiffusionQL, mode: str) -> Callable[[Transitions, tuple], dict[str, Tensor]]:
+    """`agent.update` in a mode of dydiff.updates."""
+    if mode == "eager":
+        return agent.update
+
+    def replay_captured(*arguments) -> dict[str, Tensor]:
+        work = partial(agent.apply_update, *arguments)
+        before = copy.deepcopy(agent.state_dict())
+        warm_up(work)
+        agent.load_state_dict(before)
+        return CapturedGraph(work, torch.Generator(agent.device)).replay()
+
+    if mode == "compiled":
+        trace_gradients()
+    apply_update = compile_function(agent.apply_update) if mode == "compiled" else replay_captured
+
+    def update(batch: Transitions, noise: tuple) -> dict[str, Tensor]:
+        log = apply_update(batch, noise, agent.variant())
+        agent.step += 1
+        return log
+
+    return update
 
 
 def run_unet(case: Case, backend: str) -> dict[str, Pair]:
@@ -184,20 +213,20 @@ def compare_critics(agent: TD3BC | DiffusionQL, case: Case) -> dict[str, Pair]:
     return pairs
 
 
-def run_td3bc(case: Case, backend: str) -> dict[str, Pair]:
+def run_td3bc(case: Case, mode: str) -> dict[str, Pair]:
     meta = case.meta
     names = ("discount", "tau", "alpha", "policy_freq", "policy_lr", "qf_lr")
     settings = {name: meta[name] for name in names}
-    agent = TD3BC(meta["observation_dim"], meta["action_dim"], meta["hidden"], **settings)
+    agent = TD3BC(meta["observation_dim"], meta["action_dim"], meta["hidden"], **settings, device=case.device)
     for policy in (agent.policy, agent.target_policy):
         policy.network.load_state_dict(case.under("w0/policy/"))
     load_critics(agent, case)
-    losses = []
+    update, losses = make_update(agent, mode), []
     for step in range(meta["steps"]):
         batch = read_batch(case, step)
         noise = agent.draw_noise(len(batch.reward), torch.Generator().manual_seed(step))
         losses.append(agent.critic_loss(batch, noise)[0].detach())
-        agent.update(batch, noise)
+        update(batch, noise)
     pairs = {"q_losses": (torch.stack(losses), case["q_losses"])} | compare_critics(agent, case)
     for prefix, policy in (("policy/", agent.policy), ("target_policy/", agent.target_policy)):
         pairs |= compare_weights(case.under("w1/" + prefix), policy.network.state_dict(), prefix)
@@ -227,19 +256,19 @@ def run_diffusion_actor(case: Case, backend: str) -> dict[str, Pair]:
     }
 
 
-def run_diffql(case: Case, backend: str) -> dict[str, Pair]:
+def run_diffql(case: Case, mode: str) -> dict[str, Pair]:
     meta = case.meta
     names = ("discount", "tau", "eta", "lr", "grad_norm", "n_timesteps", "beta_schedule")
     settings = {name: meta[name] for name in names}
-    agent = DiffusionQL(meta["observation_dim"], meta["action_dim"], meta["hidden"], **settings)
+    agent = DiffusionQL(meta["observation_dim"], meta["action_dim"], meta["hidden"], **settings, device=case.device)
     for actor in (agent.actor, agent.ema_actor):
         actor.load_state_dict(rename_actor(case.under("w0/policy/")))
     load_critics(agent, case)
     batch = read_batch(case)
-    numerator = torch.tensor([int(meta["numerator"] == "qf2")])
+    numerator = torch.tensor([int(meta["numerator"] == "qf2")], device=case.device)
     noise = DiffusionQLNoise(case["next_x_T"], case["next_noise"], case["t"], case["eps"], numerator)
     critic_losses = agent.critic_loss(batch, noise)[0].detach()
-    log = agent.update(batch, noise)
+    log = make_update(agent, mode)(batch, noise)
     losses = torch.stack([*critic_losses, log["cloning_loss"], log["policy_loss"]])
     pairs = {"losses": (losses, case["losses"])} | compare_critics(agent, case)
     for prefix, actor in (("policy/", agent.actor), ("ema/", agent.ema_actor)):
@@ -342,26 +371,30 @@ def relative_error(ours: Tensor, expected: Tensor) -> float:
     return distance / norm
 
 
-def run_file(path: Path, backends: list[str], device: str = "cpu") -> Iterator[tuple[str, float, float, str]]:
-    """Yield (kind, worst relative error, limit, backend or "") of a case, once per backend where it matters."""
+def run_file(
+    path: Path, backends: list[str], device: str = "cpu", modes: Sequence[str] = ("eager",)
+) -> Iterator[tuple[str, float, float, str]]:
+    """Yield (kind, worst relative error, limit, backend, mode or "") of a case, once per backend or mode where it matters."""
     kind = Case(path).meta["kind"]
-    case = Case(path, device if kind in LIMITS_16_BIT else "cpu")
+    ways = backends if kind in LIMITS_16_BIT else modes if kind in AGENT_KINDS else None
+    case = Case(path, device if ways is not None else "cpu")
     if kind not in KINDS:
         yield kind, float("nan"), 0.0, "unknown kind"
         return
     runner, limit = KINDS[kind]
-    for backend in backends if kind in LIMITS_16_BIT else [""]:
-        if backend in IN_16_BIT:
+    for way in [""] if ways is None else ways:
+        if way in IN_16_BIT:
             limit = LIMITS_16_BIT[kind]
-        errors = [relative_error(*pair) for pair in runner(case, backend).values()]
-        yield kind, max(errors, key=lambda error: float("inf") if error != error else error), limit, backend
+        errors = [relative_error(*pair) for pair in runner(case, way).values()]
+        yield kind, max(errors, key=lambda error: float("inf") if error != error else error), limit, way
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder with .npz cases")
     parser.add_argument("--backend", choices=("all", *BACKENDS[1:]), default="reference", help="of sampler and rollout cases")
-    parser.add_argument("--device", default="cpu", help="of sampler and rollout cases")
+    parser.add_argument("--mode", choices=("all", *MODES[1:]), default="eager", help="of updates")
+    parser.add_argument("--device", default="cpu", help="of sampler and rollout cases, and of updates")
     options = parser.parse_args(arguments)
     files = sorted(options.folder.glob("*.npz"))
     if not files:
@@ -370,12 +403,16 @@ def main(arguments: list[str] | None = None) -> int:
     backends = [options.backend]
     if options.backend == "all":
         backends = [name for name in BACKENDS[1:] if is_available(name, options.device)]
+    modes = [options.mode]
+    if options.mode == "all":
+        on_gpu = options.device.startswith("cuda")
+        modes = ["eager", *["compiled"] * can_compile(torch.device(options.device)), *["graph"] * on_gpu]
     passed = failed = 0
     for path in files:
-        for kind, error, limit, backend in run_file(path, backends, options.device):
+        for kind, error, limit, way in run_file(path, backends, options.device, modes):
             good = error <= limit  # NaN fails
             passed, failed = passed + good, failed + (not good)
-            print(f"{path.name:36s}  {kind:15s}  {error:9.2e}  {limit:7.0e}  {'pass' if good else 'FAIL'}  {backend}".rstrip())
+            print(f"{path.name:36s}  {kind:15s}  {error:9.2e}  {limit:7.0e}  {'pass' if good else 'FAIL'}  {way}".rstrip())
     print(f"{passed} passed, {failed} failed")
     return 1 if failed else 0
 

@@ -85,6 +85,7 @@ STOREYS = [
     "dydiff.models",
     "dydiff.importing",
     "dydiff.updates",
+    "dydiff.updates",
     "dydiff.trainer",
     "dydiff.runs",
     "dydiff.experiment",

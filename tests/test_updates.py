@@ -1,0 +1,160 @@
+"""Updates from replay: all modes compute the same, and the figures, random numbers and schedules are those of a plain loop."""
+
+from __future__ import annotations
+
+import copy
+
+import conformance
+import pytest
+import torch
+
+import dydiff.updates
+from dydiff.agents import AGENTS
+from dydiff.capture import can_compile
+from dydiff.data import Transitions
+from dydiff.device import fast_float32
+from dydiff.errors import DydiffError
+from dydiff.replay import ReplayBuffer, sample_mixed
+from dydiff.updates import WORTH_COMPILING, Updates, choose_mode
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FAST_MODES = ["compiled"] * can_compile(torch.device(DEVICE)) + ["graph"] * (DEVICE == "cuda")
+# The sizes of the recorded cases, whose compiled code is then found in Inductor's cache.
+OBSERVATION_DIM, ACTION_DIM, HIDDEN, BATCH = 5, 2, [32, 32], 16
+
+
+def transitions(count: int, seed: int) -> Transitions:
+    random = torch.Generator().manual_seed(seed)
+    fields = (
+        torch.randn(count, OBSERVATION_DIM, generator=random),
+        torch.rand(count, ACTION_DIM, generator=random) * 2 - 1,
+        torch.randn(count, generator=random),
+        torch.randn(count, OBSERVATION_DIM, generator=random),
+        (torch.rand(count, generator=random) < 0.2).float(),
+    )
+    return Transitions(*(field.to(DEVICE) for field in fields))
+
+
+def make_updates(name: str, mode: str, num_synthetic: int = 50, **options) -> Updates:
+    agent = AGENTS[name](
+        OBSERVATION_DIM, ACTION_DIM, HIDDEN, device=DEVICE, generator=torch.Generator().manual_seed(0), **options
+    )
+    synthetic = ReplayBuffer(100, OBSERVATION_DIM, ACTION_DIM, DEVICE)
+    synthetic.extend(transitions(num_synthetic, seed=2))
+    real = ReplayBuffer.from_transitions(transitions(80, seed=1), 1000)
+    return Updates(agent, real, synthetic, BATCH, 0.6, torch.Generator(DEVICE).manual_seed(3), mode, num_updates=0)
+
+
+def assert_close(ours: object, theirs: object, where: str = "") -> None:
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert_close(ours[key], theirs[key], f"{where}/{key}")
+    elif isinstance(ours, (list, tuple)):
+        for index, pair in enumerate(zip(ours, theirs, strict=True)):
+            assert_close(*pair, f"{where}/{index}")
+    elif isinstance(ours, torch.Tensor):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5, msg=lambda text: f"{where}: {text}")
+    else:
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6), where
+
+
+@pytest.mark.parametrize("mode", FAST_MODES)
+@pytest.mark.parametrize("name", AGENTS)
+def test_modes_agree_step_by_step(name, mode):
+    ours, plain = make_updates(name, mode), make_updates(name, "eager")
+    for step in range(5):
+        if step == 3:  # another mixture, and other weights in the very same place
+            ours.synthetic.extend(transitions(20, seed=4))
+            plain.synthetic.extend(transitions(20, seed=4))
+            saved = copy.deepcopy(plain.agent.state_dict())
+            ours.agent.load_state_dict(saved)
+        assert_close(ours.run(1), plain.run(1), f"step {step}")
+        assert_close(ours.agent.state_dict(), plain.agent.state_dict(), f"step {step}")
+    assert torch.equal(ours.generator.get_state(), plain.generator.get_state())
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("name", AGENTS)
+def test_graphs_of_several_updates_agree(name):
+    options = {"ema_start": 10, "ema_every": 5} if name == "diffusion_ql" else {}
+    ours, plain = make_updates(name, "graph", **options), make_updates(name, "eager", **options)
+    for _ in range(3):  # captured, replayed, and a remainder
+        assert_close(ours.run(23), plain.run(23))
+    assert_close(ours.agent.state_dict(), plain.agent.state_dict())
+
+
+@pytest.mark.parametrize("mode", ["eager", *FAST_MODES])
+@pytest.mark.parametrize("file", ["td3bc-a.npz", "diffql-heads.npz"])
+def test_recorded_updates_pass_in_every_mode(file, mode):
+    path = conformance.Path(__file__).parent / "data" / "conformance" / file
+    ((_, error, limit, name),) = conformance.run_file(path, [], DEVICE, [mode])
+    assert error <= limit and name == mode
+
+
+@pytest.mark.parametrize("num_synthetic", [0, 50])
+def test_a_run_is_a_plain_loop(num_synthetic):
+    updates, other = make_updates("td3_bc", "eager", num_synthetic), make_updates("td3_bc", "eager", num_synthetic)
+    done = []
+    figures = updates.run(4, done.append)
+    agent, random, logs = other.agent, other.generator, []
+    for _ in range(4):
+        batch = sample_mixed(other.real, other.synthetic, BATCH, 9 if num_synthetic else BATCH, random)
+        logs.append(agent.update(batch, agent.draw_noise(BATCH, random)))
+    assert_close(updates.agent.state_dict(), agent.state_dict())
+    assert done == [1] * 4 and updates.agent.step == 4
+    for name, value in figures.items():  # the policy moved twice, and its loss is the mean over these
+        values = [float(log[name]) for log in logs if name in log]
+        assert len(values) == (2 if name in ("policy_loss", "cloning_loss") else 4)
+        assert value == pytest.approx(sum(values) / len(values))
+
+
+def test_graphs_are_made_once_per_pattern(monkeypatch):
+    """The bookkeeping around CUDA graphs, with stand-ins for capture and replay."""
+
+    class Recorded:
+        def __init__(self, function, generator):
+            captured.append(function)
+            self.replay = function
+
+    def warm_up(function):
+        warmed.append(function)
+        return function()
+
+    captured, warmed = [], []
+    plain = make_updates("td3_bc", "eager")
+    monkeypatch.setattr(dydiff.updates, "CapturedGraph", Recorded)
+    monkeypatch.setattr(dydiff.updates, "warm_up", warm_up)
+    monkeypatch.setattr(dydiff.updates, "choose_mode", lambda *_: "graph")
+    ours = make_updates("td3_bc", "graph")
+    for _ in range(3):
+        assert_close(ours.run(24), plain.run(24))
+    assert (len(warmed), len(captured)) == (2, 2)  # of ten updates and of four
+    assert_close(ours.agent.state_dict(), plain.agent.state_dict())
+
+
+def test_choice_of_the_mode(monkeypatch):
+    cpu = torch.device("cpu")
+    assert choose_mode("auto", torch.device("cuda"), 1) == "graph"
+    assert choose_mode("auto", cpu, WORTH_COMPILING - 1) == "eager"
+    monkeypatch.setattr(dydiff.updates, "can_compile", lambda device: False)
+    assert choose_mode("auto", cpu, WORTH_COMPILING) == "eager"
+    with pytest.raises(DydiffError, match="compiler"):
+        choose_mode("compiled", cpu, 1)
+    with pytest.raises(DydiffError, match="cpu"):
+        choose_mode("graph", cpu, 1)
+    with pytest.raises(DydiffError, match="'fast'.*eager"):
+        choose_mode("fast", cpu, 1)
+    monkeypatch.setattr(dydiff.updates, "can_compile", lambda device: True)
+    monkeypatch.setattr(dydiff.updates, "trace_gradients", lambda: True)
+    assert choose_mode("auto", cpu, WORTH_COMPILING) == "compiled"
+
+
+def test_fast_float32_is_float32_and_leaves_no_trace():
+    a, b = torch.randn(2, 200, 300, generator=torch.Generator().manual_seed(0))
+    before, setting = a @ b.mT, torch.get_float32_matmul_precision()
+    with fast_float32():
+        inside = a @ b.mT
+    exact = a.double() @ b.double().mT
+    assert (inside - exact).norm() < 1e-6 * exact.norm()
+    assert torch.equal(a @ b.mT, before) and torch.get_float32_matmul_precision() == setting
