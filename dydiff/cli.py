@@ -99,7 +99,8 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tick", type=number, default=1.0, help="how often to log, in thousands of windows")
     parser.add_argument("--snap", type=int, default=0, help="write a snapshot of the model every so many ticks (0: never)")
     parser.add_argument("--dump", type=count, default=50, help="write the state for --resume every so many ticks")
-    parser.add_argument("--lr", type=number, default=1e-3, help="Adam's step size, reached after 10 million windows")
+    parser.add_argument("--lr", type=number, default=1e-3, help="Adam's step size, reached at the end of --ramp")
+    parser.add_argument("--ramp", type=number, default=10.0, help="windows over which the step size grows to --lr, in millions")
     parser.add_argument("--ema", type=number, default=0.5, help="half-life of the weights' average, in millions of windows")
     parser.add_argument(
         "--precision",
@@ -138,6 +139,7 @@ def run_train(options: argparse.Namespace) -> None:
         "duration": max(round(options.duration * 1e6), 1),
         "tick": max(round(options.tick * 1e3), 1),
         "lr": options.lr,
+        "lr_ramp": options.ramp * 1e6,
         "half_life": options.ema * 1e6,
         "precision": options.precision,
         "seed": options.seed,

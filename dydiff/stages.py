@@ -140,6 +140,7 @@ def train_diffusion(
     duration: int,
     tick: int,
     lr: float,
+    lr_ramp: float,
     half_life: float,
     precision: str,
     snapshot_ticks: int,
@@ -148,7 +149,7 @@ def train_diffusion(
     device: str,
     dry_run: bool,
 ) -> None:
-    """Train a diffusion model in `folder`, resuming what is there. `duration`, `tick`, `half_life` count samples.
+    """Train a diffusion model in `folder`, resuming what is there. `duration`, `tick`, `lr_ramp`, `half_life` count samples.
 
     `network` holds the arguments of `build_trajectory_network` but for `data_dim`. With `dry_run` everything is loaded, built
     and checked, and nothing is written or trained.
@@ -185,6 +186,7 @@ def train_diffusion(
         tick,
         seed,
         lr,
+        lr_ramp,
         half_life,
         micro_batch,
         snapshot_ticks,

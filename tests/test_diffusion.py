@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from dydiff.data import Dataset, Limits, Windows
-from dydiff.diffusion import training
 from dydiff.diffusion.edm import Denoiser, draw_sigma, edm_loss, precondition
 from dydiff.diffusion.sampler import sample_edm
 from dydiff.diffusion.training import DiffusionTrainer
@@ -244,9 +243,8 @@ def test_splitting_a_batch_changes_nothing(windows, micro_batch):
     assert torch.equal(whole.generator.get_state(), split.generator.get_state())
 
 
-def test_training_lowers_the_loss_of_the_average(windows, monkeypatch):
-    monkeypatch.setattr(training, "RAMP_SAMPLES", 100)
-    trainer = make_trainer(windows, batch_size=32, duration=32 * 150, tick=32 * 50, lr=2e-3)
+def test_training_lowers_the_loss_of_the_average(windows):
+    trainer = make_trainer(windows, batch_size=32, duration=32 * 150, tick=32 * 50, lr=2e-3, lr_ramp=100)
     clean, sigma = windows.gather(torch.arange(len(windows))), draw_sigma(len(windows), generator(5))
     noise = normal(*clean.shape, seed=6)
     before = float(edm_loss(trainer.ema, clean, sigma, noise).mean())
@@ -255,9 +253,8 @@ def test_training_lowers_the_loss_of_the_average(windows, monkeypatch):
     assert float(edm_loss(trainer.ema, clean, sigma, noise).mean()) < 0.8 * before
 
 
-def test_average_of_the_weights_by_hand(windows, monkeypatch):
-    monkeypatch.setattr(training, "RAMP_SAMPLES", 1)
-    trainer = make_trainer(windows, tick=6, lr=0.05, half_life=9.0, duration=240)
+def test_average_of_the_weights_by_hand(windows):
+    trainer = make_trainer(windows, tick=6, lr=0.05, lr_ramp=1, half_life=9.0, duration=240)
     average = weights(trainer.ema).double()
     for step in range(1, 41):
         trainer.run_epoch()
@@ -281,11 +278,11 @@ def test_half_life_of_the_average_is_bounded(windows):
     torch.testing.assert_close(weights(trainer.ema), average + 0.5, rtol=1e-4, atol=1e-5)
 
 
-def test_learning_rate_rises_with_the_samples_seen(windows, monkeypatch):
+def test_learning_rate_rises_with_the_samples_seen(windows):
     trainer = make_trainer(windows, tick=6)
     rates = [trainer.run_epoch()["lr"] for _ in range(3)]
     assert rates == pytest.approx([0, 6 / 10e6, 12 / 10e6])
-    monkeypatch.setattr(training, "RAMP_SAMPLES", 20)
+    trainer.lr_ramp = 20
     assert [trainer.run_epoch()["lr"] for _ in range(3)] == pytest.approx([18 / 20, 1, 1])
 
 

@@ -178,7 +178,7 @@ def windows() -> Windows:
 def make_trainer(windows: Windows, precision: str, **settings) -> DiffusionTrainer:
     torch.manual_seed(0)
     network = build_trajectory_network("UNet_RL", DATA_DIM, HORIZON, dim=16, dim_mults=(1, 2))
-    arguments = {"batch_size": 16, "duration": 10**6, "tick": 16, "seed": 0, **settings}
+    arguments = {"batch_size": 16, "duration": 10**6, "tick": 16, "seed": 0, "lr_ramp": 1000, **settings}
     denoiser = Denoiser(network, OBSERVATION_DIM).to(windows.device)
     return DiffusionTrainer(denoiser, windows, {}, **arguments, precision=precision)
 
@@ -187,12 +187,11 @@ def weights(module: torch.nn.Module) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
 
 
-def test_loss_curve_is_that_of_float32(windows, monkeypatch):
+def test_loss_curve_is_that_of_float32(windows):
     """Closer to float32 than another seed is, tick by tick."""
-    monkeypatch.setattr(training, "RAMP_SAMPLES", 500)
     curves = {}
     for precision, seed in (("float32", 0), ("bf16", 0), ("float32", 1)):
-        trainer = make_trainer(windows, precision, batch_size=8, tick=8 * 40, seed=seed, lr=3e-3)
+        trainer = make_trainer(windows, precision, batch_size=8, tick=8 * 40, seed=seed, lr=3e-3, lr_ramp=500)
         curves[precision, seed] = np.array([trainer.run_epoch()["loss"] for _ in range(5)])
     exact = curves["float32", 0]
     assert exact[-1] < 0.8 * exact[0], "nothing was learned"
@@ -201,8 +200,7 @@ def test_loss_curve_is_that_of_float32(windows, monkeypatch):
     assert difference < noise and abs(curves["bf16", 0].mean() / exact.mean() - 1) < 0.02
 
 
-def test_resume_is_exact_in_bf16(windows, monkeypatch):
-    monkeypatch.setattr(training, "RAMP_SAMPLES", 1000)
+def test_resume_is_exact_in_bf16(windows):
     whole, begun = make_trainer(windows, "bf16"), make_trainer(windows, "bf16")
     log = [whole.run_epoch() for _ in range(6)]
     for _ in range(3):
@@ -220,7 +218,6 @@ def test_resume_is_exact_in_bf16(windows, monkeypatch):
 
 @compiled
 def test_one_pass_and_operators_agree(windows, monkeypatch):
-    monkeypatch.setattr(training, "RAMP_SAMPLES", 1000)
     one_pass = make_trainer(windows, "bf16")
     assert one_pass.update.in_one_pass
     with monkeypatch.context() as patch:
@@ -244,7 +241,6 @@ def test_captured_steps_are_the_same(windows, monkeypatch, precision):
         def __init__(self, function, generator):
             self.replay = function
 
-    monkeypatch.setattr(training, "RAMP_SAMPLES", 1000)
     monkeypatch.setattr(training, "CapturedGraph", Recorded)
     monkeypatch.setattr(training, "warm_up", lambda function: function())
     plain, captured = make_trainer(windows, precision), make_trainer(windows, precision)
@@ -255,9 +251,8 @@ def test_captured_steps_are_the_same(windows, monkeypatch, precision):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_graphs_on_a_gpu(windows, monkeypatch, precision):
+def test_graphs_on_a_gpu(windows, precision):
     """Replayed steps follow plain ones, and a state taken between replays continues exactly."""
-    monkeypatch.setattr(training, "RAMP_SAMPLES", 1000)
     on_gpu = copy.copy(windows)
     for name in ("start", "length", "rows", "_offset", "limits"):
         setattr(on_gpu, name, getattr(windows, name).to("cuda"))

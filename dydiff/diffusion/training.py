@@ -17,7 +17,6 @@ from dydiff.errors import DydiffError
 from dydiff.networks.training_unet import TrainingUNet
 from dydiff.networks.unet import UNet
 
-RAMP_SAMPLES = 10e6  # the learning rate grows linearly over the first 10 M samples
 EMA_RAMP = 0.05  # early on, the EMA's half-life is this fraction of the samples seen
 PRECISIONS = ("auto", "float32", "bf16")
 
@@ -25,11 +24,11 @@ PRECISIONS = ("auto", "float32", "bf16")
 class DiffusionTrainer:
     """Trains a denoiser on windows of the dataset, one tick (some thousand samples) at a time; a stage for `runs.drive`.
 
-    `duration` and `tick` count samples; `half_life` is the EMA's in samples; `micro_batch` splits a batch to save memory;
+    `duration`, `tick`, `lr_ramp` and `half_life` count samples: the learning rate grows linearly over the first `lr_ramp`,
+    `half_life` is that of the weights' moving average, which is the model. `micro_batch` splits a batch to save memory.
     `precision` is that of the matrix products: `float32` is plain PyTorch throughout, `bf16` for UNet_RL only (weights, their
-    update and the loss stay float32), `auto` takes bf16 where the processor multiplies it in hardware.
-    `describe` is the manifest that is stored beside the weights. The EMA weights are the model, which is
-    written every `snapshot_ticks` ticks (0: only at the end).
+    update and the loss stay float32), `auto` takes bf16 where the processor multiplies it in hardware. `describe` is the
+    manifest that is stored beside the weights, every `snapshot_ticks` ticks (0: only at the end).
 
     Raises:
         DydiffError: the precision does not suit the network; the loss is no longer finite (names the number of samples seen).
@@ -45,6 +44,7 @@ class DiffusionTrainer:
         tick: int,
         seed: int,
         lr: float = 1e-3,
+        lr_ramp: float = 10e6,
         half_life: float = 0.5e6,
         micro_batch: int | None = None,
         snapshot_ticks: int = 0,
@@ -67,6 +67,7 @@ class DiffusionTrainer:
         self.duration = duration
         self.tick = max(tick, batch_size)  # a tick without a batch would have no loss to log
         self.lr = lr
+        self.lr_ramp = lr_ramp
         self.half_life = half_life
         self.micro_batch = min(micro_batch or batch_size, batch_size)
         self.snapshot_ticks = snapshot_ticks
@@ -106,7 +107,7 @@ class DiffusionTrainer:
     def _step(self) -> torch.Tensor:
         """One batch; returns the mean loss per element without waiting for the device."""
         mean = self._run_graph() if self.captures else self._find_gradients()
-        lr = self.lr * min(self.seen / RAMP_SAMPLES, 1)
+        lr = self.lr * min(self.seen / self.lr_ramp, 1)
         self.seen += self.batch_size
         self.update.step(lr, self._ema_rate())
         return mean

@@ -14,10 +14,10 @@ experiment() { python run_experiment.py -e "exp_specs/quickstart/$1.yaml" --data
 step "Collect 200,000 rows in maze2d-umaze"
 dydiff collect maze2d-umaze-local --steps 200000 --path "$dataset"
 
-# So short a training needs a larger --lr: the step size grows over 10 million windows and gets no further than a small part of it.
+# So short a training cannot wait 10 million windows for its full step size, as --ramp does by default.
 step "Train the diffusion model"
 python train.py -m "$dataset" --outdir "$run" --max_length_of_trajectory 64 --dim 32 --dim_mults 1,4 \
-    --batch 16 --duration 0.14 --tick 20 --lr 0.14 --device auto
+    --batch 16 --duration 0.2 --tick 2 --lr 0.002 --ramp 0.01 --device auto
 
 step "Train the dynamics ensemble"
 experiment dyn_model
