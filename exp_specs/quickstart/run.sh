@@ -14,16 +14,13 @@ experiment() { python run_experiment.py -e "exp_specs/quickstart/$1.yaml" --data
 step "Collect 200,000 rows in maze2d-umaze"
 dydiff collect maze2d-umaze-local --steps 200000 --path "$dataset"
 
+step "Train the diffusion model; beside it the dynamics ensemble and the reward model ($run/one-step.log)"
+(experiment dyn_model && experiment rew_model) > "$run/one-step.log" 2>&1 &
+one_step=$!
 # So short a training cannot wait 10 million windows for its full step size, as --ramp does by default.
-step "Train the diffusion model"
 python train.py -m "$dataset" --outdir "$run" --max_length_of_trajectory 64 --dim 32 --dim_mults 1,4 \
     --batch 16 --duration 0.2 --tick 2 --lr 0.002 --ramp 0.01 --device auto
-
-step "Train the dynamics ensemble"
-experiment dyn_model
-
-step "Train the reward model"
-experiment rew_model
+wait "$one_step" || { cat "$run/one-step.log" >&2; exit 1; }
 
 step "Train TD3+BC, with DyDiff and without"
 experiment policy
