@@ -33,7 +33,7 @@ def test_library_example(trained, dataset, command, tmp_path, monkeypatch, capsy
 
 def test_commands_and_files_that_the_readme_names_exist():
     code = "\n".join(re.findall(r"```\w*\n(.*?)```", README, re.S) + re.findall(r"`([^`\n]+)`", README))
-    commands = set(re.findall(r"^dydiff ([a-z-]+)", code, re.M))
+    commands = set(re.findall(r"^dydiff ([a-z][a-z-]*)", code, re.M))
     assert commands and commands <= set(COMMANDS)
     files = re.findall(r"\b(?:exp_specs|tests|dydiff|benchmarks|profiling|docs)/[\w./-]+\w", code)
     assert files and all((REPOSITORY / file).exists() for file in files)
