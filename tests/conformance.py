@@ -3,7 +3,7 @@
     python tests/conformance.py DIR [--backend NAME | all] [--mode NAME | all] [--device cuda]
 
 Each case is an .npz: `meta` (JSON: kind and settings), inputs, weights under published names, expected outputs. One line per
-case (and backend, for the sampler and rollout kinds; and mode, for updates of agents); exit status 1 on any failure or unknown kind.
+case (and backend, for the sampler and rollout kinds; and mode, for updates); exit status 1 on any failure or unknown kind.
 """
 
 from __future__ import annotations
