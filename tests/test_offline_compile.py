@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +22,10 @@ from dydiff.networks.unet import UNet
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from dydiff.kernels import launch, tune, unet_triton  # noqa: E402
+from dydiff.kernels import launch, unet_triton  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "profiling"))
+import tune_kernels  # noqa: E402
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="Triton is set to interpret, not to compile")
 
@@ -165,12 +170,12 @@ def test_tuner_writes_what_was_fastest(tmp_path, monkeypatch):
     """With a stopwatch that likes tiles of few rows; the launches have no storage and are not run."""
     with torch.device("meta"):
         unet, x, label = UNet(14, 100), torch.empty(2048, 100, 14), torch.empty(1)
-    blocks = tune.TimedBlocks(lambda one: one.arguments["ROWS"], capability=90, execute=lambda one: None)
+    blocks = tune_kernels.TimedBlocks(lambda one: one.arguments["ROWS"], capability=90, execute=lambda one: None)
     fused = FusedUNet(unet, blocks)
     fused(x, fused.time_table(label)[0])
     table = tmp_path / "table.json"
-    tune.save({"conv columns 32 many": "64 32 64 4 5"}, "sm_80", table)
-    tune.save(tune.fastest(blocks.times), "sm_90", table)
+    tune_kernels.save({"conv columns 32 many": "64 32 64 4 5"}, "sm_80", table)
+    tune_kernels.save(tune_kernels.fastest(blocks.times), "sm_90", table)
     assert set(json.loads(table.read_text())) == {"sm_80", "sm_90"}
     monkeypatch.setattr(launch, "TABLE", table)
     assert launch.choose("conv", 90, 2048 * 25, 1024, 25).rows == 64
