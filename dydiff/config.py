@@ -57,6 +57,7 @@ class RLTrainerParams:
     rollout_length: int = -1  # rows of a rollout that are used; -1: the diffusion model's horizon
     rollout_freq: int = 1  # epochs from one rollout to the next
     eval_freq: int = 1  # epochs from one evaluation to the next
+    evaluation_worker: bool | None = None  # evaluate in a process beside the next epoch; None: where a core is idle
     update_mode: str = "auto"  # eager, compiled (Inductor), graph (CUDA graphs); auto: graph on a GPU, else what pays off
     save_best: bool = True  # keep the policy with the best evaluation as agent-best.safetensors
     freq_saving: int = 10  # epochs from one periodic checkpoint (and resume state) to the next

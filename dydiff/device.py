@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Iterator
 
 import torch
@@ -38,6 +39,12 @@ def has_fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def has_idle_core(device: str) -> bool:
+    """Whether training on a device leaves a core of this process's share to other work."""
+    busy = torch.get_num_threads() if device == "cpu" else 1
+    return len(os.sched_getaffinity(0)) > busy
 
 
 @contextlib.contextmanager

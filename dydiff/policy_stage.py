@@ -10,9 +10,10 @@ import torch
 
 from dydiff.agents import AGENTS
 from dydiff.config import Constants
+from dydiff.device import has_idle_core
 from dydiff.diffusion.fast_sampler import FastMode
 from dydiff.errors import DydiffError
-from dydiff.evaluate import Evaluator
+from dydiff.evaluation_worker import EvaluationWorker, PolicyEvaluator, describe_evaluation
 from dydiff.experiment import ALGORITHMS, Variant
 from dydiff.importing import Importer, is_published
 from dydiff.models import DIFFUSION, DYNAMICS, REWARD, load_diffusion_model, load_dynamics, load_reward
@@ -39,7 +40,18 @@ def build_policy(
     updates = params.num_train_steps_per_train_call or UPDATES_PER_EPOCH[variant.stage]
     evaluation = None
     if problem.spec is not None:
-        evaluator = Evaluator(problem.spec, params.num_steps_per_eval, params.max_path_length, constants.env_specs.env_num)
+        description = describe_evaluation(
+            variant.stage,
+            describe,
+            spaces,
+            problem.spec,
+            params.num_steps_per_eval,
+            params.max_path_length,
+            constants.env_specs.env_num,
+            device,
+        )
+        beside = has_idle_core(device) if params.evaluation_worker is None else params.evaluation_worker
+        evaluator = (EvaluationWorker if beside else PolicyEvaluator)(description)
         seed = constants.env_specs.eval_env_seed
         evaluation = Evaluation(evaluator, dataset.name, constants.seed if seed is None else seed, params.eval_freq)
     else:

@@ -36,8 +36,11 @@ class Stage(Protocol):
     @property
     def finished(self) -> bool: ...
 
-    def run_epoch(self) -> dict[str, float]:
-        """Train one epoch and return what to log."""
+    def run_epoch(self) -> dict[str, float] | None:
+        """Train one epoch and return what to log; None where that is not known yet and comes from `late_records`."""
+
+    def late_records(self, wait: bool) -> list[tuple[int, dict[str, float]]]:
+        """What to log of which epoch, for stages that return None; with `wait`, of all epochs until now."""
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that an exact continuation needs, as a tree of tensors and scalars."""
@@ -179,14 +182,18 @@ def drive(stage: Stage, run: Run, save_every: int, on_epoch: Callable[[dict[str,
         with Interrupts() as interrupts:
             while not stage.finished:
                 record = stage.run_epoch()
-                run.log(stage.epoch, record)
-                on_epoch(record)
+                stopped_by = interrupts.received
+                saving = stopped_by is not None or stage.finished or stage.epoch % save_every == 0
+                records = stage.late_records(wait=saving) if record is None else [(stage.epoch, record)]
+                for epoch, complete in records:
+                    run.log(epoch, complete)
+                    on_epoch(complete)
                 stage.save_products(run.save, final=stage.finished)
-                if interrupts.received or stage.finished or stage.epoch % save_every == 0:
+                if saving:
                     run.save_state(stage)
-                if interrupts.received and not stage.finished:
+                if stopped_by is not None and not stage.finished:
                     status = "interrupted"
-                    raise Interrupted(f"Stopped by signal {interrupts.received} after epoch {stage.epoch}; the state is saved.")
+                    raise Interrupted(f"Stopped by signal {stopped_by} after epoch {stage.epoch}; the state is saved.")
         status = "finished"
     finally:
         run.close(status)

@@ -14,9 +14,10 @@ from torch import Tensor
 from dydiff.agents import Agent
 from dydiff.data import Spaces, d4rl
 from dydiff.errors import DydiffError
-from dydiff.evaluate import Evaluator, episode_seed
+from dydiff.evaluate import episode_seed
+from dydiff.evaluation_worker import EvaluationWorker, PolicyEvaluator, PolicyScore, freeze
 from dydiff.filters import keep_mask
-from dydiff.models import POLICY, act_raw, store_spaces
+from dydiff.models import POLICY, store_spaces
 from dydiff.replay import ReplayBuffer
 from dydiff.reward import RewardModel
 from dydiff.rollout import RolloutEngine, Trajectory, make_synthetic_transitions, score
@@ -40,9 +41,9 @@ class Rollouts:
 
 @dataclass
 class Evaluation:
-    """How the policy is evaluated."""
+    """How the policy is evaluated: in this process, or by a worker while the next epoch trains."""
 
-    evaluator: Evaluator
+    evaluator: PolicyEvaluator | EvaluationWorker
     dataset_name: str  # for the reference scores
     seed: int
     every: int  # epochs from one evaluation to the next
@@ -57,6 +58,15 @@ class Saving:
     replay: bool  # periodic checkpoints hold the real transitions
     model_replay: bool  # and the synthetic ones
     describe: dict[str, Any]  # the manifest: algorithm and constructor arguments
+
+
+@dataclass
+class Epoch:
+    """An epoch that is trained, what is known of it, and the agent's state if that is evaluated."""
+
+    number: int
+    record: dict[str, float]
+    state: dict[str, Any] | None = None
 
 
 class PolicyTrainer:
@@ -98,13 +108,16 @@ class PolicyTrainer:
         self.updates = Updates(agent, real, synthetic, batch_size, real_ratio, self.generator, update_mode, num_updates)
         self.epoch = 0
         self.best_return = -float("inf")
-        self.improved = False  # the last evaluation was the best so far
+        self._best: Epoch | None = None  # whose policy is the best so far and not saved yet
+        self._evaluated: Epoch | None = None  # which a worker is evaluating
+        self._epochs: list[Epoch] = []  # whose records nobody has taken yet
 
     @property
     def finished(self) -> bool:
         return self.epoch >= self.num_epochs
 
-    def run_epoch(self) -> dict[str, float]:
+    def run_epoch(self) -> dict[str, float] | None:
+        """Train one epoch; its record, or None where a worker evaluates and `late_records` gives it."""
         record: dict[str, float] = {}
         clock = time.perf_counter()
 
@@ -120,11 +133,32 @@ class PolicyTrainer:
         self.agent.end_epoch()
         lap("updates")
         self.epoch += 1
-        self.improved = False
-        if self.evaluation is not None and (self.epoch % self.evaluation.every == 0 or self.finished):
-            record |= self._evaluate(self.evaluation)
-            lap("evaluation")
-        return record
+        epoch = Epoch(self.epoch, record)
+        evaluation = self.evaluation
+        due = evaluation is not None and (self.epoch % evaluation.every == 0 or self.finished)
+        if evaluation is None or isinstance(evaluation.evaluator, PolicyEvaluator):
+            if due:
+                epoch.state = self.agent.state_dict()
+                self._conclude(epoch, evaluation.evaluator.evaluate(epoch.state, self._evaluation_seed(epoch)))
+                lap("evaluation")
+            return record
+        if due:
+            self._await_evaluation()
+            epoch.state = freeze(self.agent.state_dict())
+            evaluation.evaluator.submit(epoch.state, self._evaluation_seed(epoch))
+            self._evaluated = epoch
+            lap("evaluation")  # what it costs here, most of it waiting for the one before
+        self._epochs.append(epoch)
+        return None
+
+    def late_records(self, wait: bool) -> list[tuple[int, dict[str, float]]]:
+        """Epochs and records that are complete and were not returned before; with `wait`, all are."""
+        if self._evaluated is not None and (wait or self.evaluation.evaluator.ready):
+            self._await_evaluation()
+        until = self.epoch + 1 if self._evaluated is None else self._evaluated.number
+        complete = [epoch for epoch in self._epochs if epoch.number < until]
+        self._epochs = self._epochs[len(complete) :]
+        return [(epoch.number, epoch.record) for epoch in complete]
 
     def _roll_out(self, rollouts: Rollouts) -> dict[str, float]:
         start = self.real.sample(rollouts.num_starts, self.generator).observation
@@ -141,8 +175,7 @@ class PolicyTrainer:
         kept = Trajectory(*(field[keep] for field in trajectory))
         if len(kept.observation) == 0:
             raise DydiffError(
-                f"The filter keeps none of {rollouts.num_starts} rollouts. Raise keep_condition.threshold "
-                "or rollout_batch_size."
+                f"The filter keeps none of {rollouts.num_starts} rollouts. Raise keep_condition.threshold or rollout_batch_size."
             )
         transitions, mean_length = make_synthetic_transitions(kept, rollouts.reward_model, rollouts.is_terminal, self.spaces)
         self.synthetic.extend(transitions)
@@ -164,27 +197,38 @@ class PolicyTrainer:
                 )
         return {f"train/{name}": mean for name, mean in means.items()}
 
-    def _evaluate(self, evaluation: Evaluation) -> dict[str, float]:
-        seed = episode_seed(evaluation.seed, self.epoch)
-        generator = torch.Generator(self.agent.device).manual_seed(seed)
-        result = evaluation.evaluator.evaluate(lambda o: act_raw(self.agent, self.spaces, o, generator), seed)
-        self.improved = result.mean_return > self.best_return
-        self.best_return = max(self.best_return, result.mean_return)
-        record = {
-            "evaluation/return": result.mean_return,
-            "evaluation/return_std": result.std_return,
-            "evaluation/length": result.mean_length,
-            "evaluation/episodes": float(result.num_episodes),
+    def _evaluation_seed(self, epoch: Epoch) -> int:
+        return episode_seed(self.evaluation.seed, epoch.number)
+
+    def _await_evaluation(self) -> None:
+        if self._evaluated is not None:
+            self._conclude(self._evaluated, self.evaluation.evaluator.take())
+            self._evaluated = None
+
+    def _conclude(self, epoch: Epoch, score: PolicyScore) -> None:
+        """Enter an evaluation into its epoch's record, and remember the policy if it is the best."""
+        if score.mean_return > self.best_return:
+            self.best_return = score.mean_return
+            self._best = epoch
+        epoch.record |= {
+            "evaluation/return": score.mean_return,
+            "evaluation/return_std": score.std_return,
+            "evaluation/length": score.mean_length,
+            "evaluation/episodes": float(score.num_episodes),
             "evaluation/best_return": self.best_return,
+            "time/evaluating": score.seconds,
         }
-        normalized = d4rl.normalized_score(evaluation.dataset_name, result.mean_return)
-        return record if normalized is None else {**record, "evaluation/normalized_score": normalized}
+        normalized = d4rl.normalized_score(self.evaluation.dataset_name, score.mean_return)
+        if normalized is not None:
+            epoch.record["evaluation/normalized_score"] = normalized
 
     def save_products(self, save: Callable[[str, str, Any, dict], None], final: bool) -> None:
         tree = {"agent": self.agent.state_dict(), "spaces": store_spaces(self.spaces)}
         manifest = {**self.saving.describe, "epoch": self.epoch}
-        if self.saving.best and self.improved:
-            save("agent-best.safetensors", POLICY, tree, {**manifest, "return": self.best_return})
+        if self.saving.best and self._best is not None:
+            about = {"epoch": self._best.number, "return": self.best_return}
+            save("agent-best.safetensors", POLICY, {**tree, "agent": self._best.state}, {**manifest, **about})
+        self._best = None
         if self.epoch % self.saving.every == 0 and not final:
             buffers = {
                 **({"replay": self.real.state_dict()} if self.saving.replay else {}),
@@ -195,6 +239,7 @@ class PolicyTrainer:
             save("agent.safetensors", POLICY, tree, manifest)
 
     def state_dict(self) -> dict[str, Any]:
+        self._await_evaluation()  # it may change the best return
         return {
             "agent": self.agent.state_dict(),
             "synthetic": self.synthetic.state_dict(),

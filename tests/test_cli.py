@@ -342,7 +342,8 @@ def test_sweep_with_a_failing_variant(run_stage, dataset, tmp_path, processes):
     assert [read_run(run)["status"] for run in runs] == ["finished", "failed", "finished"]
     assert [(run / "model.safetensors").exists() for run in runs] == [True, False, True]
     assert "error: " in (runs[1] / "output.log").read_text()
-    assert [beside for _, beside in processes] == [0, 1, 1], "variants did not run two at a time"
+    besides = [beside for _, beside in processes]  # how many ran when each started; both of the first may end within one look
+    assert besides[:2] == [0, 1] and max(besides) == 1, "variants did not run two at a time"
 
     # Resuming runs only what is not finished, and in its folder.
     outcome = run_stage("reward", dataset, *options, "--resume", variables=variables)

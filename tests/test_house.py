@@ -86,6 +86,7 @@ STOREYS = [
     "dydiff.importing",
     "dydiff.updates",
     "dydiff.updates",
+    "dydiff.evaluation_worker",
     "dydiff.trainer",
     "dydiff.runs",
     "dydiff.experiment",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import tiny
@@ -16,11 +17,12 @@ README = (REPOSITORY / "README.md").read_text()
 
 def test_library_example(trained, dataset, command, tmp_path, monkeypatch, capsys):
     """Runs of the four kinds stand where the example looks for them; its code is not touched."""
+    root = shutil.copytree(trained, tmp_path / "trained")
     file = tiny.write_experiment(tmp_path / "policy.yaml", "td3_bc", dataset)
-    assert command("run", "-e", file, "--device=cpu", f"--outdir={trained}").status == 0
+    assert command("run", "-e", file, "--device=cpu", f"--outdir={root}").status == 0
     places = {"diffusion model": "diffusion", "dynamics model": "dynamics", "reward model": "reward", "policy": "policy"}
     (tmp_path / "runs").mkdir()
-    for record in trained.glob("*/run.json"):
+    for record in root.glob("*/run.json"):
         (tmp_path / "runs" / places[json.loads(record.read_text())["kind"]]).symlink_to(record.parent)
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", README, re.S)

@@ -36,9 +36,7 @@ def transitions(count: int, seed: int) -> Transitions:
 
 
 def make_updates(name: str, mode: str, num_synthetic: int = 50, **options) -> Updates:
-    agent = AGENTS[name](
-        OBSERVATION_DIM, ACTION_DIM, HIDDEN, device=DEVICE, generator=torch.Generator().manual_seed(0), **options
-    )
+    agent = AGENTS[name](OBSERVATION_DIM, ACTION_DIM, HIDDEN, device=DEVICE, generator=torch.Generator().manual_seed(0), **options)
     synthetic = ReplayBuffer(100, OBSERVATION_DIM, ACTION_DIM, DEVICE)
     synthetic.extend(transitions(num_synthetic, seed=2))
     real = ReplayBuffer.from_transitions(transitions(80, seed=1), 1000)

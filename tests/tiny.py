@@ -21,6 +21,7 @@ POLICY = {
     "num_train_steps_per_train_call": 4,
     "num_steps_per_eval": 10,
     "max_path_length": 5,
+    "evaluation_worker": False,  # starting one takes longer than these runs
     "batch_size": 16,
     "rollout_batch_size": 12,
     "each_rollout_size": 8,

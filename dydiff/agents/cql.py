@@ -101,12 +101,8 @@ class CQL:
         """Log of the integral of exp Q over all actions, `[2, B]`, by importance sampling (appendix F): a third of the
         actions each is uniform, from the policy here, and from the policy at the next observation."""
         with torch.no_grad():
-            current, current_log_prob = self.policy.sample_with_log_prob(
-                batch.observation[:, None], noise.current_actions
-            )
-            following, following_log_prob = self.policy.sample_with_log_prob(
-                batch.next_observation[:, None], noise.next_actions
-            )
+            current, current_log_prob = self.policy.sample_with_log_prob(batch.observation[:, None], noise.current_actions)
+            following, following_log_prob = self.policy.sample_with_log_prob(batch.next_observation[:, None], noise.next_actions)
             uniform_log_prob = torch.full_like(current_log_prob, -self.action_dim * math.log(2))
             action = torch.cat([noise.random_actions, current, following], dim=1)  # [B, 3R, A]
             log_prob = torch.cat([uniform_log_prob, current_log_prob, following_log_prob], dim=1)  # [B, 3R]

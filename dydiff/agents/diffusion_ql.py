@@ -123,9 +123,7 @@ class DiffusionQL:
         step = torch.randint(steps, (batch_size,), generator=generator, device=generator.device)
         action = torch.randn((batch_size, self.action_dim), generator=generator, device=generator.device)
         numerator = torch.randint(2, (1,), generator=generator, device=generator.device)
-        return DiffusionQLNoise(
-            next_initial, next_steps, step.to(self.device), action.to(self.device), numerator.to(self.device)
-        )
+        return DiffusionQLNoise(next_initial, next_steps, step.to(self.device), action.to(self.device), numerator.to(self.device))
 
     def _target_value(self, observation: Tensor, action: Tensor) -> Tensor:
         return self.target_critics(torch.cat([observation, action], dim=-1)).squeeze(-1)  # [2, B]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 
@@ -53,7 +54,7 @@ class Adam:
 
     def _step_down(self, gradients: Sequence[Tensor]) -> None:
         self.step += 1
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             steps = [self.step] * len(gradients)
             hyper = {"beta1": BETA1, "beta2": BETA2, "weight_decay": 0.0, "eps": EPS, "amsgrad": False, "maximize": False}
             torch._fused_adam_(self.parameters, gradients, self.mean, self.square, [], steps, lr=self.lr, **hyper)

@@ -1,0 +1,253 @@
+"""How fast are an agent's updates and its replay? dydiff's modes against published-style and tuned stock PyTorch, in one run.
+
+    python benchmarks/updates_speed.py --quick
+    python benchmarks/updates_speed.py --json speed.jsonl --plot speed.png
+    python benchmarks/updates_speed.py --cases td3bc,diffusion_ql --variants published,compiled
+
+Cases, on Hopper's dimensions (11 observations, 3 actions), networks 2 x 256, batches of 256 of which 153 are real:
+
+    td3bc, diffusion_ql, cql   updates: draw the batch from replay, draw the noise, all gradient steps, targets, what is logged
+    replay_insert              append the 1,228 x 99 transitions of a rollout
+
+Variants: `published` and `stock` (benchmarks/update_baselines.py) and dydiff's modes `eager`, `compiled` and, on a GPU, `graph`
+(dydiff/updates.py). Before anything is timed, every variant makes four updates on the same batches and noise; if what these change
+in the weights differs from the plainest variant's, the run stops with status 1 (`error` in the table). Times are
+of one call, which makes as many updates as the note says. FLOPs are those of the matrix products of dydiff's own updates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import (
+    BenchmarkError,
+    Case,
+    Patience,
+    Variant,
+    append_lines,
+    check_output,
+    describe_machine,
+    make_lines,
+    measure_matrix_rate,
+    race,
+)
+from results import draw, table_header, table_rows
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from update_baselines import BASELINES, Replay, sample_published
+
+from dydiff.agents import AGENTS
+from dydiff.capture import can_compile
+from dydiff.data import Transitions
+from dydiff.device import find_device
+from dydiff.errors import DydiffError
+from dydiff.replay import ReplayBuffer, sample_mixed
+from dydiff.updates import Updates
+
+OBSERVATION_DIM, ACTION_DIM, BATCH, NUM_REAL, REAL_RATIO = 11, 3, 256, 153, 0.6
+TRANSITIONS = 1228 * 99  # of one rollout: 60 % of 2048 trajectories of 100 rows
+AGENTS_OF = {"td3bc": "td3_bc", "diffusion_ql": "diffusion_ql", "cql": "cql"}
+UPDATES_A_CALL = {"td3bc": 50, "diffusion_ql": 20, "cql": 4}
+CASES = (*AGENTS_OF, "replay_insert")
+VARIANTS = ("published", "stock", "eager", "compiled", "graph")
+CHECKED_UPDATES = 4
+TOLERANCE = 20.0  # times the limit: Adam's first steps are the sign of a gradient, rounding or not
+
+
+def make_transitions(count: int, device: str, seed: int) -> Transitions:
+    """Made-up transitions in policy space."""
+    generator = torch.Generator().manual_seed(seed)
+    widths = ((OBSERVATION_DIM,), (ACTION_DIM,), (), (OBSERVATION_DIM,), ())
+    fields = Transitions(*(torch.randn((count, *width), generator=generator) for width in widths))
+    fields = fields._replace(action=fields.action.tanh(), terminal=(fields.terminal > 2).float())
+    return Transitions(*(field.to(device) for field in fields))
+
+
+class Runner:
+    """A variant's agent with its replay: `updates` makes a call's updates, `changes` are those of the check."""
+
+    def __init__(self, case: str, variant: str, device: str):
+        self.count = UPDATES_A_CALL[case]
+        name = AGENTS_OF[case]
+        sizes = (OBSERVATION_DIM, ACTION_DIM)
+        self.agent = AGENTS[name](*sizes, device=device, generator=torch.Generator().manual_seed(0))
+        self.real, self.synthetic = (make_transitions(TRANSITIONS, device, seed) for seed in (1, 2))
+        if variant == "published":
+            self.replay = [Replay(TRANSITIONS, *sizes, device) for _ in range(2)]
+            for replay, transitions in zip(self.replay, (self.real, self.synthetic), strict=True):
+                for stored, field in zip(replay.fields, transitions, strict=True):
+                    stored[:] = field.cpu().numpy().reshape(TRANSITIONS, -1)
+                replay.size = TRANSITIONS
+        else:
+            self.replay = [ReplayBuffer.from_transitions(each, TRANSITIONS) for each in (self.real, self.synthetic)]
+        self.generator = torch.Generator(device).manual_seed(3)
+        if variant in ("published", "stock"):
+            self.baseline = BASELINES[name](*sizes, tuned=variant == "stock", device=device)
+            self.baseline.load(self.agent)
+            self.update = self.baseline.update
+            self.updates = self._loop_published if variant == "published" else self._loop_stock
+        else:
+            self.baseline = None
+            self.runs = Updates(self.agent, *self.replay, BATCH, REAL_RATIO, self.generator, variant, 0)
+            self.update = self._update_ours
+            self.updates = self._run_ours
+
+    def _loop_published(self) -> Tensor:
+        for _ in range(self.count):
+            self.update(sample_published(*self.replay, BATCH, NUM_REAL))
+        return torch.ones(1)
+
+    def _loop_stock(self) -> Tensor:
+        for _ in range(self.count):
+            log = self.update(sample_mixed(*self.replay, BATCH, NUM_REAL, self.generator))
+        return torch.ones_like(next(iter(log.values()))).reshape(1)
+
+    def _run_ours(self) -> Tensor:
+        self.runs.run(self.count)
+        return torch.ones(1)
+
+    def _update_ours(self, batch: Transitions, noise: tuple) -> None:
+        (variant,) = self.runs._advance(1)
+        self.runs._apply(batch, noise, variant)
+
+    def weights(self) -> Tensor:
+        """Both critics' and the policy's."""
+        owner = self.baseline or self.agent
+        if self.baseline is None:
+            trees = [self.agent.critics.member_state_dict(i) for i in (0, 1)]
+        else:
+            trees = [critic.state_dict() for critic in owner.critics]
+        trees.append((owner.actor if hasattr(owner, "actor") else owner.policy).state_dict())
+        return torch.cat([weight.flatten() for tree in trees for weight in tree.values()])
+
+    def changes(self) -> Tensor:
+        """What the first updates change the weights by, on batches and noise that are the same for all variants."""
+        before = self.weights()
+        generator = torch.Generator(self.agent.device).manual_seed(4)
+        buffers = [ReplayBuffer.from_transitions(each, TRANSITIONS) for each in (self.real, self.synthetic)]
+        for _ in range(CHECKED_UPDATES):
+            batch = sample_mixed(*buffers, BATCH, NUM_REAL, generator)
+            self.update(batch, self.agent.draw_noise(BATCH, generator))
+        return self.weights() - before
+
+
+def make_update_case(name: str, variants: Sequence[str], device: str) -> tuple[Case, dict[str, float]]:
+    """A case of updates with its variants, and their errors; raises BenchmarkError for a wrong one."""
+    with torch.enable_grad():
+        plain = Runner(name, "eager", device)
+        with FlopCounterMode(display=False) as counter:
+            expected = plain.changes()
+        flops = counter.get_total_flops() / CHECKED_UPDATES
+        made, errors = [], {}
+        for label in variants:
+            runner = Runner(name, label, device)
+            run = torch.enable_grad()(runner.updates)
+            variant = Variant(label, "float32", run, run, runner.count, runner.count * flops)
+            errors[label] = check_output(variant, runner.changes(), expected, TOLERANCE)
+            made.append(variant)
+    return Case(name, BATCH, 1, made, f"{UPDATES_A_CALL[name]} updates a call", TOLERANCE), errors
+
+
+def make_insert_case(variants: Sequence[str], device: str) -> Case:
+    """Appending a rollout's transitions: row by row, or at once; what is stored is checked."""
+    new = make_transitions(TRANSITIONS, device, 5)
+    sizes = (OBSERVATION_DIM, ACTION_DIM, device)
+    rows, ours = Replay(2 * TRANSITIONS, *sizes), ReplayBuffer(2 * TRANSITIONS, *sizes)
+
+    def append_rows() -> Tensor:
+        first = rows.top
+        rows.extend(new)
+        return torch.from_numpy(rows.fields.observation[first : first + TRANSITIONS])
+
+    def append_at_once() -> Tensor:
+        first = ours.position
+        ours.extend(new)
+        return ours.storage.observation[first : first + TRANSITIONS].cpu()
+
+    def trusted() -> Tensor:
+        return new.observation.cpu()
+
+    runs: dict[str, Callable[[], Tensor]] = {"published": append_rows, "ours": append_at_once}
+    chosen = ["published"] * ("published" in variants) + ["ours"]
+    made = [Variant(label, "float32", runs[label], trusted, 1, 0.0) for label in chosen]
+    return Case("replay_insert", TRANSITIONS, 1, made, "1,228 x 99 transitions")
+
+
+def run_case(name: str, variants: Sequence[str], options: argparse.Namespace, rates: dict[str, float]) -> list[dict[str, Any]]:
+    """Check and measure one case: prints it, appends it to --json, and returns its records."""
+    torch.compiler.reset()
+    errors: dict[str, float] = {}
+    if name == "replay_insert":
+        case = make_insert_case(variants, options.device)
+    else:
+        case, errors = make_update_case(name, variants, options.device)
+    seconds = options.seconds or (2.0 if options.quick else 10.0)
+    measurements = race(case, Patience(seconds, least=3, warm_up=True))
+    for measurement in measurements:
+        measurement.error = errors.get(measurement.variant.name, measurement.error)
+    lines = make_lines(case, measurements, describe_machine(options.device), rates, {})
+    print(table_rows(lines), flush=True)
+    if options.json:
+        append_lines(options.json, lines)
+    return lines
+
+
+def find_variants(options: argparse.Namespace) -> list[str]:
+    """The variants asked for, or all that can run here.
+
+    Raises:
+        BenchmarkError: there is none of that name.
+    """
+    if unknown := set(options.variants or ()) - set(VARIANTS):
+        raise BenchmarkError(f"There is no variant '{unknown.pop()}'; choose of {', '.join(VARIANTS)}.")
+    device = torch.device(options.device)
+    possible = [*VARIANTS[:3], *["compiled"] * can_compile(device), *["graph"] * (device.type == "cuda")]
+    return options.variants or possible
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    def words(text: str) -> list[str]:
+        return text.split(",")
+
+    description, _, details = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=description, epilog=details, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="few repetitions")
+    parser.add_argument("--cases", type=words, default=list(CASES), help=f"some of {','.join(CASES)}")
+    parser.add_argument("--variants", type=words, help=f"some of {','.join(VARIANTS)} (default: all that work here)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda:0, ...; auto takes a GPU if there is one")
+    parser.add_argument("--seconds", type=float, help="how long to time each variant of a case (default: 10, --quick: 2)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON object a line")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw times and shares of the matrix rate")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.cases) - set(CASES):
+        parser.error(f"unknown case {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    try:
+        options.device = find_device(options.device)
+        variants = find_variants(options)
+        print(", ".join(f"{name} {value}" for name, value in describe_machine(options.device).items()))
+        print(table_header())
+        rates = {"float32": measure_matrix_rate("float32", options.device)}
+        records = [line for name in options.cases for line in run_case(name, variants, options, rates)]
+        print("Large matrix products: " + ", ".join(f"{dtype} {rate / 1e12:.3g} TFLOP/s" for dtype, rate in rates.items()))
+        if options.plot:
+            draw(records, options.plot)
+    except (BenchmarkError, DydiffError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

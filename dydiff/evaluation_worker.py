@@ -1,0 +1,206 @@
+"""Evaluation of frozen copies of a policy, in this process or in a worker that evaluates while training goes on.
+
+Both give the same numbers: the copy, its seeds and the number of threads are the same. Messages between the processes are
+tensors and plain values only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Iterator
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from dydiff.agents import AGENTS
+from dydiff.data import Spaces
+from dydiff.device import fast_float32
+from dydiff.environments import EnvironmentSpec
+from dydiff.errors import DydiffError
+from dydiff.evaluate import Evaluator
+from dydiff.models import act_raw, restore_spaces, store_spaces
+
+
+@dataclasses.dataclass
+class PolicyScore:
+    """What one evaluation found."""
+
+    mean_return: float
+    std_return: float
+    mean_length: float
+    num_episodes: int
+    seconds: float  # that it took
+
+
+def describe_evaluation(
+    algorithm: str,
+    model: dict[str, Any],
+    spaces: Spaces,
+    spec: EnvironmentSpec,
+    steps: int,
+    max_path_length: int,
+    num_environments: int | None,
+    device: str,
+) -> dict[str, Any]:
+    """What a `PolicyEvaluator` is made of, in a form that can be sent; `model` holds the arguments of the agent."""
+    return {
+        "agent": {"algorithm": algorithm, "model": model, "device": device},
+        "spaces": {name: value.cpu() for name, value in store_spaces(spaces).items()},
+        "spec": dataclasses.asdict(spec),
+        "evaluator": {"steps": steps, "max_path_length": max_path_length, "num_environments": num_environments},
+    }
+
+
+class PolicyEvaluator:
+    """Evaluates states of an agent with a copy of it, in this process.
+
+    Raises:
+        DydiffError: as `Evaluator`.
+    """
+
+    def __init__(self, description: dict[str, Any]):
+        agent = description["agent"]
+        build = AGENTS[agent["algorithm"]]
+        self.agent = build(**agent["model"], device=agent["device"], generator=torch.Generator())
+        self.spaces = restore_spaces(description["spaces"]).to(self.agent.device)
+        self.evaluator = Evaluator(EnvironmentSpec(**description["spec"]), **description["evaluator"])
+
+    def evaluate(self, state: dict[str, Any], seed: int) -> PolicyScore:
+        """Evaluate the agent of `state` (its `state_dict`); raises DydiffError as `Evaluator.evaluate`."""
+        began = time.perf_counter()
+        self.agent.load_state_dict(state)
+        generator = torch.Generator(self.agent.device).manual_seed(seed)
+        # One thread is what a handful of rows keeps busy; and their number must not change the numbers.
+        with _threads(1), fast_float32():
+            result = self.evaluator.evaluate(lambda o: act_raw(self.agent, self.spaces, o, generator), seed)
+        figures = result.mean_return, result.std_return, result.mean_length, result.num_episodes
+        return PolicyScore(*figures, time.perf_counter() - began)
+
+
+class EvaluationWorker:
+    """The same in a process of its own: `submit` returns at once, `take` waits for the result. One evaluation at a time."""
+
+    def __init__(self, description: dict[str, Any]):
+        self._environment = description["spec"]["name"]
+        self._seed: int | None = None  # of the evaluation under way
+        self._connection, theirs = Pipe()
+        command = [sys.executable, "-m", "dydiff.evaluation_worker", str(theirs.fileno())]
+        # A session of its own: an interrupt from the terminal is for the training process alone, which then ends this one.
+        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True)
+        theirs.close()
+        self.close = weakref.finalize(self, _end, self._connection, self._process)
+        self._send(description)
+
+    def submit(self, state: dict[str, Any], seed: int) -> None:
+        """Begin to evaluate the agent of `state`."""
+        self._seed = seed
+        self._send({"state": state, "seed": seed})
+
+    @property
+    def ready(self) -> bool:
+        """Whether `take` would return at once."""
+        return self._connection.poll()
+
+    def take(self) -> PolicyScore:
+        """Wait for the result of the evaluation under way.
+
+        Raises:
+            DydiffError: evaluating failed, or the process ended; names environment and seed.
+        """
+        try:
+            answer = _decode(self._connection.recv_bytes())
+        except (EOFError, OSError) as error:
+            raise self._death() from error
+        if "error" in answer:
+            raise DydiffError(answer["error"])
+        self._seed = None
+        return PolicyScore(**answer)
+
+    def _send(self, message: dict[str, Any]) -> None:
+        try:
+            self._connection.send_bytes(_encode(message))
+        except OSError as error:
+            raise self._death() from error
+
+    def _death(self) -> DydiffError:
+        self._connection.close()
+        code = self._process.wait()
+        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
+        seed = "" if self._seed is None else f" with seed {self._seed}"
+        return DydiffError(
+            f"The process that evaluates {self._environment}{seed} ended {how} (what it printed stands above). "
+            "Continue with --resume, or set rl_trainer_params.evaluation_worker to false to evaluate in the training process."
+        )
+
+
+def work(connection: Connection) -> None:
+    """The body of the worker: evaluate what comes until the other end is closed."""
+    evaluator, environment, seed = None, "", None
+    while True:
+        try:
+            message = _decode(connection.recv_bytes())
+        except (EOFError, OSError):
+            return
+        try:
+            if evaluator is None:
+                environment = message["spec"]["name"]
+                evaluator = PolicyEvaluator(message)
+                continue
+            seed = message["seed"]
+            answer = dataclasses.asdict(evaluator.evaluate(message["state"], seed))
+        except DydiffError as error:
+            answer = {"error": str(error)}
+        except Exception as error:
+            answer = {"error": f"Evaluating {environment} with seed {seed} failed: {type(error).__name__}: {error}"}
+        try:
+            connection.send_bytes(_encode(answer))
+        except OSError:  # nobody waits for it any more
+            return
+
+
+def freeze(state: Any) -> Any:
+    """A copy of an agent's state in host memory, which further training does not touch."""
+    if isinstance(state, dict):
+        return {key: freeze(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return [freeze(value) for value in state]
+    return state.detach().to("cpu", copy=True) if isinstance(state, torch.Tensor) else state
+
+
+def _encode(message: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(message, buffer)
+    return buffer.getvalue()
+
+
+def _decode(data: bytes) -> dict[str, Any]:
+    return torch.load(io.BytesIO(data), weights_only=True)
+
+
+def _end(connection: Connection, process: subprocess.Popen) -> None:
+    connection.close()
+    process.terminate()
+    process.wait()
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+if __name__ == "__main__":
+    work(Connection(int(sys.argv[1])))
