@@ -197,6 +197,7 @@ class Ours(Runner):
             [work.denoiser], work.dynamics, work.spaces, horizon, ITERATIONS, work.shape.batch, settings, backend, fast
         )
         self.denoiser = prepare_denoiser(work.denoiser, backend)
+        self.generator = work.generator()
         # The engine then leaves the noise to the compiled sampler step.
         compiled_step = edm.available_backend(work.device, torch.float32) == "extension"
         self.makes_noise = compiled_step and backend != "reference" and fast is None
@@ -225,7 +226,9 @@ class Ours(Runner):
     def _roll_out(self, iterations: int) -> Tensor:
         work = self.work
         if self.makes_noise:
-            trajectory = self.engine.roll_out(work.policy, work.start, work.generator(), iterations=iterations)
+            # One generator for all calls: a captured rollout belongs to it.
+            self.generator.manual_seed(SEED)
+            trajectory = self.engine.roll_out(work.policy, work.start, self.generator, iterations=iterations)
         else:
             draw = work.recorded_noise(0 if self.fast else work.num_steps)
             trajectory = self.engine.roll_out(work.policy, work.start, work.begin()[0], draw, iterations)

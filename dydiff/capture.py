@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dydiff.errors import DydiffError
 
@@ -62,6 +63,46 @@ class CapturedGraph:
     def replay(self) -> Any:
         self._graph.replay()
         return self.output
+
+
+class GraphedFunction:
+    """A function of tensors to a tuple of tensors, run as CUDA graphs: one graph for each combination of the inputs' shapes.
+
+    A combination's first call runs plainly (libraries allocate, kernels compile), its second one is captured, later ones are
+    replayed. All give the same numbers: draws from `generator` go on from call to call. Whatever else the function reads (weights
+    of a policy) is read where it was at the capture, so it must be changed in place.
+
+    Raises:
+        DydiffError: on capture, where the function waits for the device or draws from another generator.
+    """
+
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]], generator: torch.Generator):
+        self._function = function
+        self._generator = generator
+        self._graphs: dict[tuple[torch.Size, ...], tuple[CapturedGraph, list[Tensor]] | None] = {}
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        key = tuple(tensor.shape for tensor in inputs)
+        if key not in self._graphs:
+            self._graphs[key] = None
+            return warm_up(lambda: self._function(*inputs))
+        if self._graphs[key] is None:
+            self._graphs[key] = self._capture(inputs)
+        graph, places = self._graphs[key]
+        for place, tensor in zip(places, inputs, strict=True):
+            place.copy_(tensor)
+        return tuple(output.clone() for output in graph.replay())  # the next replay overwrites the graph's own
+
+    def _capture(self, inputs: tuple[Tensor, ...]) -> tuple[CapturedGraph, list[Tensor]]:
+        places = [tensor.clone() for tensor in inputs]
+        try:
+            return CapturedGraph(lambda: self._function(*places), self._generator), places
+        except RuntimeError as error:
+            raise DydiffError(
+                f"A CUDA graph cannot be captured here ({str(error).splitlines()[0]}). A policy that is rolled out must not read "
+                "its tensors on the host (.item(), .cpu(), if tensor:) and may draw from the rollout's generator alone. Mend it, "
+                "or make the RolloutEngine with capture=False."
+            ) from error
 
 
 def warm_up(function: Callable[[], Any]) -> Any:

@@ -7,12 +7,14 @@ trajectories around the policy's actions, the two are averaged, and the policy r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dydiff.backends import SamplingDenoiser, prepare_denoiser
+from dydiff.capture import GraphedFunction
 from dydiff.data import Spaces, Transitions
 from dydiff.diffusion.edm import Denoiser
 from dydiff.diffusion.fast_sampler import FastMode
@@ -20,6 +22,7 @@ from dydiff.diffusion.sampler import Draw, sample_edm
 from dydiff.dynamics import DynamicsEnsemble
 from dydiff.errors import DydiffError
 from dydiff.kernels import edm
+from dydiff.memory import compute_in_chunks
 from dydiff.ranges import named_range
 from dydiff.reward import RewardModel
 
@@ -36,9 +39,12 @@ class Trajectory(NamedTuple):
 class RolloutEngine:
     """Rolls a policy forward for a whole horizon from given start observations, all of it on the models' device.
 
-    `denoisers` are one or more diffusion models of the same spaces and horizon; with several, every start is assigned to one of
-    them at random. `sampler` holds `sample_edm`'s settings; `fast`, if given, takes that sampler's place. `chunk_size` bounds
-    how many starts are computed at a time.
+    `denoisers` are one or more diffusion models of the same spaces and horizon; with several, the starts are dealt out to them at
+    random and evenly. `sampler` holds `sample_edm`'s settings; `fast`, if given, takes that sampler's place. `chunk_size` bounds
+    how many starts are computed at a time, and is halved, for good, where the memory does not hold them.
+
+    On a GPU a rollout is a CUDA graph from the first policy call to the last relabelling: with the same policy, generator and
+    number of iterations, the second call of a batch size captures it and later ones replay it. `capture=False` never captures.
 
     Raises:
         DydiffError: no diffusion model, or a chunk that holds nothing.
@@ -55,6 +61,7 @@ class RolloutEngine:
         sampler: dict[str, float] | None = None,
         backend: str = "auto",
         fast: FastMode | None = None,
+        capture: bool = True,
     ):
         if not denoisers:
             raise DydiffError("A rollout needs at least one diffusion model.")
@@ -69,6 +76,8 @@ class RolloutEngine:
         self.sampler = dict(sampler or {})
         self.step_backend = "reference" if backend == "reference" else "auto"
         self.fast = fast
+        self.capture = capture
+        self._captured: tuple[tuple[object, ...], GraphedFunction] | None = None  # what it belongs to, and the graphs
 
     @torch.no_grad()
     def roll_out(
@@ -79,10 +88,31 @@ class RolloutEngine:
         `generator` gives the ensemble members, the model assignment and, unless `draw` gives it, the sampler's noise.
         `iterations` overrides the engine's; 0 returns the autoregressive start, which is the single-step model's rollout.
         """
-        draw = draw or self._noise(generator, start.device)
         iterations = self.iterations if iterations is None else iterations
-        chunks = [self._roll_out_chunk(policy, part, generator, draw, iterations) for part in start.split(self.chunk_size)]
+
+        def roll_out_chunk(part: Tensor) -> tuple[Tensor, ...]:
+            return self._chunk_function(policy, generator, draw, iterations)(part)
+
+        setting = "rl_trainer_params.each_rollout_size"
+        chunks = compute_in_chunks(roll_out_chunk, start, self.chunk_size, generator, self._halve, setting)
         return Trajectory(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+
+    def _halve(self, size: int) -> None:
+        """Keep to smaller chunks from now on; graphs of the larger ones go, for they hold memory."""
+        self.chunk_size, self._captured = size, None
+
+    def _chunk_function(
+        self, policy: Policy, generator: torch.Generator, draw: Draw | None, iterations: int
+    ) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        """`_roll_out_chunk` of start [B, O] alone; on a GPU as the CUDA graphs that belong to these arguments."""
+        function = partial(self._roll_out_chunk, policy, generator, draw, iterations)
+        if not self.capture or draw is not None or generator.device.type != "cuda":
+            return function
+        # Graphs of an older policy or number of iterations go: they hold memory.
+        owner = (policy, generator, iterations)
+        if self._captured is None or self._captured[0] != owner:
+            self._captured = owner, GraphedFunction(function, generator)
+        return self._captured[1]
 
     def _noise(self, generator: torch.Generator, device: torch.device) -> Draw:
         """The sampler's noise: made by its compiled step where there is one, else drawn by PyTorch."""
@@ -91,9 +121,13 @@ class RolloutEngine:
         return lambda shape: torch.randn(shape, generator=generator, device=device)
 
     def _roll_out_chunk(
-        self, policy: Policy, start: Tensor, generator: torch.Generator, draw: Draw, iterations: int
+        self, policy: Policy, generator: torch.Generator, draw: Draw | None, iterations: int, start: Tensor
     ) -> Trajectory:
-        """Everything between the first and the last line is in model space; policy and dynamics are wrapped at its edge."""
+        """Everything between the first and the last line is in model space; policy and dynamics are wrapped at its edge.
+
+        Nothing here may wait for the device: on a GPU it is captured.
+        """
+        draw = draw or self._noise(generator, start.device)
         first = self.spaces.observation_policy_to_model(start)
         with named_range("autoregressive start"):
             observation, action = self._start_autoregressively(policy, first, generator)
@@ -140,12 +174,11 @@ class RolloutEngine:
 
         if len(self.denoisers) == 1:
             return sample(self.denoisers[0], slice(None))
-        owner = torch.randint(len(self.denoisers), (len(first),), generator=generator, device=first.device)
+        order = torch.rand(len(first), generator=generator, device=first.device).argsort()
         sampled = first.new_empty(len(first), self.horizon, width)
-        for index, denoiser in enumerate(self.denoisers):
-            mine = owner == index
-            if mine.any():
-                sampled[mine] = sample(denoiser, mine)
+        for denoiser, rows in zip(self.denoisers, order.tensor_split(len(self.denoisers)), strict=True):
+            if len(rows):
+                sampled[rows] = sample(denoiser, rows)
         return sampled
 
 

@@ -1,6 +1,6 @@
 """Settles the open GPU questions in one command: builds, tests and races everything on the card at hand, within ten minutes.
 
-    python profiling/gpu_report.py [--out FOLDER] [--cases DIR] [--only PART ...]
+    python profiling/gpu_report.py [--out FOLDER] [--cases DIR] [--wheels DIR] [--only PART ...]
 
 Every part runs as a process of its own with a time limit, so that one that fails or hangs costs only itself. The report is one
 JSON file: the machine, and for each part its command, exit status, seconds, the numbers it wrote and the end of its output.
@@ -20,6 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
+DEVICE_TESTS = [
+    f"tests/test_{name}.py" for name in ("edm_step", "philox", "unet_kernels", "rollout_capture", "updates", "training_precision")
+]
 KEPT_OUTPUT = 4000  # characters of a part's output that the report keeps
 
 
@@ -33,13 +36,15 @@ class Part:
     writes: str | None = None
 
 
-def list_parts(out: Path, cases: Path) -> list[Part]:
+def list_parts(out: Path, cases: Path, wheels: Path | None) -> list[Part]:
     """All parts, the ones that everything else depends on first."""
     python = sys.executable
+    install = [python, "-m", "pip", "install", "--no-build-isolation", "-e", "."]
+    install += ["--no-deps"] if wheels is None else ["--no-index", "--find-links", str(wheels), "hypothesis"]
     race, epoch, updates, pretrain = (str(out / f"{name}.jsonl") for name in ("race", "epoch", "updates", "pretrain"))
     parts = [
-        Part("build", [python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "-e", "."], 120),
-        Part("tests", [python, "-m", "pytest", "-q", "tests/test_edm_step.py", "tests/test_unet_kernels.py"], 150),
+        Part("build", install, 150),
+        Part("tests", [python, "-m", "pytest", "-q", *DEVICE_TESTS], 150),
         Part("conformance", [python, "tests/conformance.py", str(cases), "--backend", "all", "--device", "cuda"], 60),
         Part("race", [python, "benchmarks/rollout_speed.py", "--quick", "--json", race], 150, race),
         Part("kernels", [python, "-m", "pytest", "-q", "benchmarks/test_kernel_speed.py"], 60),
@@ -107,13 +112,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu-report")), help="folder for the report")
     parser.add_argument("--cases", type=Path, default=REPO / "tests" / "data" / "conformance", help="conformance cases")
+    parser.add_argument("--wheels", type=Path, help="folder with wheels of missing dependencies, for a machine without network")
     parser.add_argument("--only", nargs="+", default=None, help="parts to run (default: all)")
     options = parser.parse_args()
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     report: dict[str, object] = {"machine": describe_machine(), "parts": {}}
     failed = []
-    for part in list_parts(out, options.cases.resolve()):
+    for part in list_parts(out, options.cases.resolve(), options.wheels and options.wheels.resolve()):
         if options.only and part.name not in options.only:
             continue
         record = run_part(part)

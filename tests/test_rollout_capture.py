@@ -1,0 +1,84 @@
+"""Rollouts as CUDA graphs: on any device, that they could be captured; on a GPU, that the graphs compute the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from host_reads import NoHostReads
+from test_rollout import ACTION_DIM, HORIZON, OBSERVATION_DIM, generator, learnt, make_spaces, policy, starts
+
+from dydiff.agents import AGENTS, Agent
+from dydiff.diffusion.fast_sampler import FastMode
+from dydiff.dynamics import DynamicsEnsemble
+from dydiff.errors import DydiffError
+from dydiff.filters import keep_mask
+from dydiff.reward import RewardModel
+from dydiff.rollout import RolloutEngine, score
+
+ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="captures CUDA graphs")
+SETTINGS = [{}, {"backend": "auto"}, {"fast": FastMode()}, {"iterations": 0}, {"chunk_size": 3}]
+
+
+def prepare(device: str, **settings: object) -> RolloutEngine:
+    """An engine with two diffusion models and an ensemble."""
+    sizes = {"hidden_dims": [8], "num_nets": 3, "num_elites": 2, "weight_decay": [0, 0]}
+    dynamics = DynamicsEnsemble(OBSERVATION_DIM, ACTION_DIM, **sizes, generator=generator())
+    settings = {"backend": "reference", "sampler": {"num_steps": 4}} | settings
+    denoisers = [learnt().to(device) for _ in range(2)]
+    return RolloutEngine(denoisers, dynamics.to(device), make_spaces().to(device), HORIZON, **settings)
+
+
+def make_agent(name: str, seed: int, device: str) -> Agent:
+    return AGENTS[name](OBSERVATION_DIM, ACTION_DIM, hidden_dims=[8], device=device, generator=generator(seed))
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("name", AGENTS)
+def test_nothing_in_a_rollout_waits_for_the_device(name, settings):
+    engine, agent, source = prepare("cpu", **settings), make_agent(name, 0, "cpu"), generator()
+    reward = RewardModel(OBSERVATION_DIM, ACTION_DIM, [8], generator=generator())
+    with NoHostReads():
+        trajectory = engine.roll_out(lambda o: agent.act(o, source), starts(8), source)
+        for filter_type in ("softmax", "hardmax"):
+            keep_mask(score(reward, trajectory), filter_type, 0.6, 0.05, source)
+
+
+def test_a_policy_that_waits_for_the_device_is_noticed():
+    with pytest.raises(AssertionError, match="waits for the device"), NoHostReads():
+        prepare("cpu").roll_out(lambda o: policy(o) if o.mean() > 0 else -policy(o), starts(8), generator())
+
+
+@ON_A_GPU
+@pytest.mark.parametrize("settings", [*SETTINGS, {"backend": "compiled"}], ids=str)
+@pytest.mark.parametrize("name", AGENTS)
+def test_captured_rollouts_are_the_plain_ones(name, settings):
+    results = []
+    for capture in (False, True):
+        engine, agent = prepare("cuda", capture=capture, **settings), make_agent(name, 0, "cuda")
+        source = torch.Generator("cuda").manual_seed(3)
+
+        def act(observation, agent=agent, source=source):
+            return agent.act(observation, source)
+
+        trajectories = []
+        for call, count in enumerate((8, 8, 8, 5, 8, 5, 5)):
+            if call == 4:  # the weights change where they are, as an update changes them
+                agent.load_state_dict(make_agent(name, 1, "cuda").state_dict())
+            trajectories.append(engine.roll_out(act, starts(count, call).cuda(), source))
+        results.append(trajectories)
+    for plain, captured in zip(*results, strict=True):
+        torch.testing.assert_close(captured.observation, plain.observation, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(captured.action, plain.action, rtol=1e-3, atol=1e-3)
+
+
+@ON_A_GPU
+def test_a_policy_that_cannot_be_captured_is_an_error_that_says_so():
+    engine, source = prepare("cuda"), torch.Generator("cuda").manual_seed(0)
+    feedback = torch.tensor([[0.2], [-0.4]], device="cuda")
+
+    def waiting(observation):
+        return torch.tanh(observation @ feedback) * float(observation.mean() > 0)
+
+    engine.roll_out(waiting, starts(8).cuda(), source)
+    with pytest.raises(DydiffError, match="must not read its tensors on the host"):
+        engine.roll_out(waiting, starts(8).cuda(), source)
