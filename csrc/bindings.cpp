@@ -1,6 +1,9 @@
 // Raw addresses in, nothing back: the extension knows no tensor type, so it builds without torch and survives its updates.
 // It checks nothing; dydiff.kernels.edm, .unet_cpu and .training_cpu check everything and are its only callers.
+#include <array>
+
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "edm_step.h"
 #include "training_cpu.h"
@@ -55,10 +58,12 @@ void bind_unet(py::module_ m) {
                                int64_t skip_channels, int num_threads) {
         unet::winograd_input(halves(x), halves(skip), halves(v), batch, length, channels, skip_channels, num_threads);
     }, release);
-    m.def("winograd_output", [](Address m, Address bias, Address norm_weight, Address norm_bias, Address time_bias,
-                                Address residual, Address y, int64_t batch, int64_t length, int64_t channels,
-                                int num_threads) {
-        unet::winograd_output(halves(m), pointer(bias), pointer(norm_weight), pointer(norm_bias), pointer(time_bias),
+    m.def("winograd_output", [](const std::array<Address, unet::POINTS>& m, Address bias, Address norm_weight,
+                                Address norm_bias, Address time_bias, Address residual, Address y, int64_t batch,
+                                int64_t length, int64_t channels, int num_threads) {
+        const unet::bfloat16* points[unet::POINTS];
+        for (int i = 0; i < unet::POINTS; ++i) points[i] = halves(m[i]);
+        unet::winograd_output(points, pointer(bias), pointer(norm_weight), pointer(norm_bias), pointer(time_bias),
                               halves(residual), halves(y), batch, length, channels, num_threads);
     }, release);
 }

@@ -90,10 +90,10 @@ void winograd_input(const bfloat16* x, const bfloat16* skip, bfloat16* v, int64_
     });
 }
 
-void winograd_output(const bfloat16* m, const float* bias, const float* norm_weight, const float* norm_bias,
+void winograd_output(const bfloat16* const m[POINTS], const float* bias, const float* norm_weight, const float* norm_bias,
                      const float* time_bias, const bfloat16* residual, bfloat16* y, int64_t batch, int64_t length,
                      int64_t channels, int num_threads) {
-    const int64_t tiles = (length + 1) / 2, plane = batch * tiles * channels, width = channels / GROUPS;
+    const int64_t tiles = (length + 1) / 2, width = channels / GROUPS;
     parallel(batch, num_threads, [=](int64_t begin, int64_t end) {
         std::vector<float> values(2 * tiles * channels), sum(channels), square(channels), scale(channels), shift(channels);
         const std::vector<float> no_bias(channels, 0.0f);
@@ -101,7 +101,7 @@ void winograd_output(const bfloat16* m, const float* bias, const float* norm_wei
         for (int64_t sample = begin; sample < end; ++sample) {
             for (int64_t tile = 0; tile < tiles; ++tile) {
                 const bfloat16* points[POINTS];
-                for (int i = 0; i < POINTS; ++i) points[i] = m + i * plane + (sample * tiles + tile) * channels;
+                for (int i = 0; i < POINTS; ++i) points[i] = m[i] + (sample * tiles + tile) * channels;
                 float* row = values.data() + 2 * tile * channels;
                 transform_output(points, bias, row, row + channels, channels);
             }

@@ -21,8 +21,8 @@ constexpr int GROUPS = 8;
 void winograd_input(const bfloat16* x, const bfloat16* skip, bfloat16* v, int64_t batch, int64_t length, int64_t channels,
                     int64_t skip_channels, int num_threads);
 
-// m [POINTS, B T, C] -> y [B, L, C] = mish(group_norm(A^T m + bias)) + time_bias [C] + residual [B, L, C]; null: left out.
-void winograd_output(const bfloat16* m, const float* bias, const float* norm_weight, const float* norm_bias,
+// POINTS matrices m[p] [B T, C] -> y [B, L, C] = mish(group_norm(A^T m + bias)) + time_bias [C] + residual [B, L, C]; null: left out.
+void winograd_output(const bfloat16* const m[POINTS], const float* bias, const float* norm_weight, const float* norm_bias,
                      const float* time_bias, const bfloat16* residual, bfloat16* y, int64_t batch, int64_t length,
                      int64_t channels, int num_threads);
 

@@ -3,9 +3,10 @@
     conv block   v = B^T x;  m[p] = v[p] u[p], p = 0..5;  y = mish(group_norm(A^T m + bias)) (+ time bias) (+ residual)
 
 Activations are [B, L, C] bfloat16, channels last: every matrix product runs over B ceil(L/2) contiguous rows, in oneDNN (AVX-512
-bf16 or AMX where the processor has them). F(2, 5) needs six products for two rows where the direct convolution needs ten. The
-transforms, the normalisation and the activation are csrc/unet_cpu.cpp: one pass before and one after the products, where
-PyTorch's chain of operators makes a dozen over tensors of twice the size. Sums and norms are float32.
+bf16 or AMX where the processor has them) and against matrices that are laid out once for it (matrix_cpu.py). F(2, 5) needs six
+products for two rows where the direct convolution needs ten. The transforms, the normalisation and the activation are
+csrc/unet_cpu.cpp: one pass before and one after the products, where PyTorch's chain of operators makes a dozen over tensors of
+twice the size. Sums and norms are float32.
 
 Error: bfloat16 products of transformed rows cost about four times the rounding of a direct bfloat16 convolution; rollouts stay
 within 2e-2 of float32 (tests/conformance.py --backend bf16).
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from dydiff.errors import DydiffError
 from dydiff.kernels import edm
+from dydiff.kernels.matrix_cpu import ConstantMatrix
 from dydiff.kernels.unet_reference import GROUPS, Weights
 
 TAPS = 5
@@ -34,6 +36,8 @@ FILTER_TRANSFORM = (
     (0.0, 0.0, 0.0, 0.0, 1.0),
 )
 POINTS = len(FILTER_TRANSFORM)
+
+Packed = dict[str, Tensor | ConstantMatrix | list[ConstantMatrix]]
 
 
 class CpuBlocks:
@@ -53,60 +57,60 @@ class CpuBlocks:
         # Megabytes that are asked for anew come as untouched pages, and touching them costs more than the transforms do.
         self._scratch: dict[str, Tensor] = {}
 
-    def pack(self, weights: Weights) -> dict[str, Tensor]:
-        """Filters of the blocks to [POINTS, C_in, C_out], other convolutions to matrices; the rest in float32."""
-        packed = {}
+    def pack(self, weights: Weights) -> Packed:
+        """Filters of the blocks to a matrix for each point, other convolutions to matrices with their bias; the rest as float32."""
+        weights = {name: value.detach().float().contiguous() for name, value in weights.items()}
+        packed: Packed = {name: value for name, value in weights.items() if value.ndim == 1}
         for name, value in weights.items():
-            value = value.detach().float()
+            bias = weights.get(name.removesuffix("weight") + "bias")
             if name.endswith("conv.weight"):
-                packed[name] = _transform_filter(value)
+                packed[name] = [ConstantMatrix(point) for point in _transform_filter(value)]
             elif value.ndim == 3 and value.shape[2] == 4:
-                packed[name] = _pair_taps(value)
+                packed[name] = [ConstantMatrix(taps, bias) for taps in _pair_taps(value)]
+            elif name == "weight" and value.shape[2] == 1:  # the network's last, narrow product stays float32
+                packed[name] = value[:, :, 0].T
             elif value.ndim == 3:
-                packed[name] = value.permute(2, 1, 0).flatten(0, 1).bfloat16().contiguous()
-            else:
-                packed[name] = value.contiguous()
+                packed[name] = ConstantMatrix(value.permute(2, 1, 0).flatten(0, 1), bias)
         return packed
 
     def enter(self, x: Tensor) -> Tensor:
         return x.bfloat16().contiguous()
 
-    def residual_block(self, x: Tensor, skip: Tensor | None, packed: dict[str, Tensor], time_bias: Tensor) -> Tensor:
+    def residual_block(self, x: Tensor, skip: Tensor | None, packed: Packed, time_bias: Tensor) -> Tensor:
         hidden = self._conv_block(x, skip, packed, "block1.", time_bias, None)
         return self._conv_block(hidden, None, packed, "block2.", None, _residual(x, skip, packed))
 
-    def downsample(self, x: Tensor, packed: dict[str, Tensor]) -> Tensor:
+    def downsample(self, x: Tensor, packed: Packed) -> Tensor:
         batch, length, channels = x.shape
         rows = F.pad(x, (0, 0, 1, 0)).as_strided(  # row i: x[2i - 1], x[2i], x[2i + 1]; the length is even here
             (batch, length // 2, 3 * channels), ((length + 1) * channels, 2 * channels, 1)
         )
-        return _multiply(rows, packed["weight"], packed["bias"])
+        return _multiply(rows, packed["weight"])
 
-    def upsample(self, x: Tensor, packed: dict[str, Tensor]) -> Tensor:
+    def upsample(self, x: Tensor, packed: Packed) -> Tensor:
         # Each output row takes two taps: y[2i] = x[i-1] w3 + x[i] w1 and y[2i+1] = x[i] w2 + x[i+1] w0.
         batch, length, channels = x.shape
         pairs = F.pad(x, (0, 0, 1, 1)).as_strided(  # row i: x[i - 1], x[i]
             (batch, length + 1, 2 * channels), ((length + 2) * channels, channels, 1)
         )
         even_taps, odd_taps = packed["weight"]
-        even = _multiply(pairs[:, :-1], even_taps, packed["bias"])
-        odd = _multiply(pairs[:, 1:], odd_taps, packed["bias"])
+        even, odd = _multiply(pairs[:, :-1], even_taps), _multiply(pairs[:, 1:], odd_taps)
         return torch.stack([even, odd], dim=2).flatten(1, 2)
 
-    def leave(self, x: Tensor, final_block: dict[str, Tensor], final_conv: dict[str, Tensor]) -> Tensor:
+    def leave(self, x: Tensor, final_block: Packed, final_conv: Packed) -> Tensor:
         hidden = self._conv_block(x, None, final_block, "", None, None)
-        return hidden.float() @ final_conv["weight"].float() + final_conv["bias"]
+        return hidden.float() @ final_conv["weight"] + final_conv["bias"]
 
     def _conv_block(
         self,
         x: Tensor,
         skip: Tensor | None,
-        packed: dict[str, Tensor],
+        packed: Packed,
         prefix: str,
         time_bias: Tensor | None,
         residual: Tensor | None,
     ) -> Tensor:
-        filters = packed[prefix + "conv.weight"]  # [POINTS, C_in, C_out]
+        filters = packed[prefix + "conv.weight"]  # a [C_in, C_out] for each point
         batch, length, channels = x.shape
         skip_channels = 0 if skip is None else skip.shape[2]
         tiles = (length + 1) // 2
@@ -114,12 +118,11 @@ class CpuBlocks:
         v = self._reuse("v", POINTS, batch * tiles, channels + skip_channels)
         sizes = batch, length, channels
         self._native.winograd_input(x.data_ptr(), _address(skip), v.data_ptr(), *sizes, skip_channels, threads)
-        m = torch.bmm(v, filters, out=self._reuse("m", POINTS, batch * tiles, filters.shape[2]))
-        y = x.new_empty(batch, length, filters.shape[2])
-        norm = [packed[prefix + name].data_ptr() for name in ("conv.bias", "norm.weight", "norm.bias")]
-        self._native.winograd_output(
-            m.data_ptr(), *norm, _address(time_bias), _address(residual), y.data_ptr(), batch, length, y.shape[2], threads
-        )
+        m = [matrix.multiply(rows) for matrix, rows in zip(filters, v, strict=True)]
+        y = x.new_empty(batch, length, filters[0].shape[1])
+        norm = [packed[prefix + name] for name in ("conv.bias", "norm.weight", "norm.bias")]
+        points, *rest = [product.data_ptr() for product in m], *map(_address, (*norm, time_bias, residual, y))
+        self._native.winograd_output(points, *rest, batch, length, y.shape[2], threads)
         return y
 
     def _reuse(self, name: str, *shape: int) -> Tensor:
@@ -131,37 +134,32 @@ class CpuBlocks:
 
 
 def _transform_filter(weight: Tensor) -> Tensor:
-    """[C_out, C_in, 5] float32 -> [POINTS, C_in, C_out] bfloat16."""
+    """[C_out, C_in, 5] -> [POINTS, C_in, C_out] float64."""
     if weight.shape[2] != TAPS or weight.shape[0] % GROUPS:
         raise DydiffError(
             f"The bf16 backend computes convolutions of {TAPS} taps over a multiple of {GROUPS} channels, not {weight.shape[2]} "
             f"taps over {weight.shape[0]} channels. Use --set sampler_kwargs.backend=extension."
         )
     transform = torch.tensor(FILTER_TRANSFORM, dtype=torch.float64)
-    return torch.einsum("pk,oik->pio", transform, weight.double()).bfloat16().contiguous()
+    return torch.einsum("pk,oik->pio", transform, weight.double())
 
 
 def _pair_taps(weight: Tensor) -> Tensor:
     """[C_in, C_out, 4] of a transposed convolution -> [2, 2 C_in, C_out]: the taps of even and of odd output rows."""
     taps = weight.permute(2, 0, 1)
-    return torch.stack([torch.cat([taps[3], taps[1]]), torch.cat([taps[2], taps[0]])]).bfloat16().contiguous()
+    return torch.stack([torch.cat([taps[3], taps[1]]), torch.cat([taps[2], taps[0]])])
 
 
-def _residual(x: Tensor, skip: Tensor | None, packed: dict[str, Tensor]) -> Tensor:
-    """The block's input, through its 1x1 convolution where the width changes; a concatenation is two products, never a copy."""
+def _residual(x: Tensor, skip: Tensor | None, packed: Packed) -> Tensor:
+    """The block's input, through its 1x1 convolution where the width changes."""
     if "residual.weight" not in packed:
         return x
-    weight = packed["residual.weight"]  # [C_in, C_out]
-    y = _multiply(x, weight[: x.shape[2]], packed["residual.bias"])
-    if skip is not None:
-        y.flatten(0, 1).addmm_(skip.flatten(0, 1), weight[x.shape[2] :])
-    return y
+    return _multiply(x if skip is None else torch.cat([x, skip], dim=2), packed["residual.weight"])
 
 
-def _multiply(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """rows [B, L, K] times weight [K, C] plus bias: [B, L, C] bfloat16."""
-    y = rows.reshape(-1, rows.shape[2]) @ weight
-    return y.add_(bias.bfloat16()).view(*rows.shape[:2], -1)
+def _multiply(rows: Tensor, matrix: ConstantMatrix) -> Tensor:
+    """rows [B, L, K] -> [B, L, N]."""
+    return matrix.multiply(rows.reshape(-1, rows.shape[2])).view(*rows.shape[:2], -1)
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -6,7 +6,7 @@ import torch
 from dydiff.backends import choose_backend, prepare_denoiser
 from dydiff.diffusion.edm import Denoiser
 from dydiff.errors import DydiffError
-from dydiff.kernels import edm
+from dydiff.kernels import edm, matrix_cpu
 from dydiff.kernels.unet_cpu import CpuBlocks
 from dydiff.kernels.unet_reference import ReferenceBlocks
 from dydiff.networks.fused_unet import FusedUNet
@@ -48,6 +48,21 @@ def test_residual_block(batch, length, channels, skip_channels, out_channels):
     fused = run_block(CpuBlocks(), x, skip, weights, time_bias.float())
     assert torch.isfinite(fused).all()
     assert (fused - exact).abs().max() <= WINOGRAD_FACTOR * (plain - exact).abs().max()
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_constant_matrix(ordered, monkeypatch):
+    if ordered and not matrix_cpu.can_order():
+        pytest.skip("PyTorch cannot lay out matrices for oneDNN here")
+    monkeypatch.setattr(matrix_cpu, "can_order", lambda: ordered)
+    generator = torch.Generator().manual_seed(0)
+    rows, weight, bias = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((5, 70), (70, 33), (33,)))
+    product = matrix_cpu.ConstantMatrix(weight, bias).multiply(rows)
+    exact = rows.double() @ weight.double() + bias.double()
+    assert product.dtype == torch.bfloat16
+    assert (product.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
+    weight.zero_()
+    assert torch.equal(matrix_cpu.ConstantMatrix(weight).multiply(rows), torch.zeros(5, 33, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("name, length", [("downsample", 2), ("downsample", 26), ("upsample", 1), ("upsample", 25)])
