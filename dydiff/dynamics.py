@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from dydiff.data.transitions import Transitions
 from dydiff.errors import DydiffError
 from dydiff.networks.ensemble import EnsembleMLP
 
+Predictor = Callable[[Tensor, Tensor, torch.Generator | Tensor], Tensor]  # observation, action, elite -> next observation
 BOUND_PENALTY = 0.01  # keeps learnt log-variance bounds tight
 
 
@@ -70,16 +71,26 @@ class DynamicsEnsemble(nn.Module):
         position = torch.randint(len(self.elites), (batch_size,), generator=generator, device=generator.device)
         return position.to(self.elites.device)
 
-    @torch.no_grad()
     def predict(self, observation: Tensor, action: Tensor, elite: torch.Generator | Tensor) -> Tensor:
         """Next observation `[B, O]`: every sample takes the mean of one elite.
 
         `elite` is the generator to draw it from, or the positions in `elites` as a long tensor `[B]` (`draw_elite`).
         """
-        if isinstance(elite, torch.Generator):
-            elite = self.draw_elite(len(observation), elite)
-        change = self.network(torch.cat([observation, action], dim=-1), self.elites)[..., : observation.shape[-1]]
-        return observation + change.gather(0, elite[None, :, None].expand(1, *observation.shape))[0]
+        return self.predictor()(observation, action, elite)
+
+    @torch.no_grad()
+    def predictor(self) -> Predictor:
+        """`predict` with the weights as they are now, for many calls in a row: the elites' are gathered once."""
+        weights = self.network.gather(self.elites)
+
+        @torch.no_grad()
+        def predict(observation: Tensor, action: Tensor, elite: torch.Generator | Tensor) -> Tensor:
+            if isinstance(elite, torch.Generator):
+                elite = self.draw_elite(len(observation), elite)
+            change = self.network(torch.cat([observation, action], dim=-1), weights)[..., : observation.shape[-1]]
+            return observation + change.gather(0, elite[None, :, None].expand(1, *observation.shape))[0]
+
+        return predict
 
     # What `fit.Fit` needs to know of a model.
 

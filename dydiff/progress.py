@@ -15,25 +15,26 @@ SHOWN = ("evaluation/return", "evaluation/normalized_score", "rollout/score", "h
 tqdm.set_lock(threading.RLock())
 
 
+def say(text: str) -> None:
+    """Print a line without tearing a bar."""
+    tqdm.write(text, file=sys.stderr)
+
+
 class Progress:
-    """One bar for one run: `begin` sets its length, `advance` moves it, `watch` adds each epoch's figures."""
+    """One bar for one run: `begin` sets its length and where it starts, `advance` moves it, `watch` adds each epoch's figures."""
 
     def __init__(self, label: str):
         self.label = label
         self._bar: tqdm | None = None
 
-    def begin(self, total: int, unit: str) -> None:
+    def begin(self, total: int, unit: str, done: int = 0) -> None:
         # On a terminal the bar is redrawn often; in a log file every redraw is a line.
         interval = 0.2 if sys.stderr.isatty() else 20.0
-        self._bar = tqdm(total=total, desc=self.label, unit=f" {unit}", mininterval=interval, dynamic_ncols=True)
+        self._bar = tqdm(total=total, initial=done, desc=self.label, unit=f" {unit}", mininterval=interval, dynamic_ncols=True)
 
     def advance(self, count: int) -> None:
         if self._bar is not None:
             self._bar.update(count)
-
-    def say(self, text: str) -> None:
-        """Print a line without tearing the bar."""
-        tqdm.write(text, file=sys.stderr)
 
     def watch(self, stage: Any, one_by_one: bool) -> Callable[[dict[str, float]], None]:
         """A callback for `runs.drive`; `one_by_one` advances the bar by an epoch, otherwise the stage advances it itself."""

@@ -149,8 +149,9 @@ class RolloutEngine:
     def _start_autoregressively(self, policy: Policy, first: Tensor, generator: torch.Generator) -> Trajectory:
         """The single-step rollout, o[h+1] = f(o[h], policy(o[h])): first [B, O] -> H rows, all in model space."""
         observations, actions = [first], [self._act(policy, first)]
+        predict = self.dynamics.predictor()
         for _ in range(self.horizon - 1):
-            following = self.dynamics.predict(
+            following = predict(
                 self.spaces.observation_model_to_policy(observations[-1]),
                 self.spaces.action_model_to_policy(actions[-1]),
                 generator,

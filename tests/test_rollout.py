@@ -26,6 +26,9 @@ class LinearDynamics:
     def predict(self, observation: Tensor, action: Tensor, elite: torch.Generator) -> Tensor:
         return observation @ DRIFT + action @ GAIN
 
+    def predictor(self):
+        return self.predict
+
 
 class Certain(nn.Module):
     """The raw network of a diffusion model whose every sample is `trajectory` [H, D], in model space."""

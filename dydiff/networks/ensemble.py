@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dydiff.networks.mlp import find_activation
 
 
 class EnsembleLayer(nn.Module):
-    """`num_members` linear maps at once: `[E, B, in]` -> `[E, B, out]`, weight `[E, in, out]`, bias `[E, 1, out]`."""
+    """The parameters of `num_members` linear maps: weight `[E, in, out]`, bias `[E, 1, out]`."""
 
     def __init__(self, num_members: int, input_dim: int, output_dim: int, generator: torch.Generator | None = None):
         super().__init__()
@@ -21,11 +20,6 @@ class EnsembleLayer(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_members, 1, output_dim))
         nn.init.uniform_(self.weight, -bound, bound, generator=generator)
         nn.init.uniform_(self.bias, -bound, bound, generator=generator)
-
-    def forward(self, x: Tensor, members: Tensor | None = None) -> Tensor:
-        if members is None:
-            return torch.baddbmm(self.bias, x, self.weight)
-        return torch.baddbmm(self.bias[members], x, self.weight[members])
 
 
 class EnsembleMLP(nn.Module):
@@ -51,22 +45,29 @@ class EnsembleMLP(nn.Module):
             EnsembleLayer(num_members, fan_in, fan_out, generator) for fan_in, fan_out in zip(dims[:-1], dims[1:], strict=True)
         )
 
-    def forward(self, x: Tensor, members: Tensor | None = None) -> Tensor:
-        """Evaluate every member, or the `K` members whose indices `members [K]` (long, on the device) holds.
+    def forward(self, x: Tensor, weights: Sequence[tuple[Tensor, Tensor]] | None = None) -> Tensor:
+        """Evaluate every member, or the `K` that `gather` took the `weights` of.
 
-        Shapes: `x [B, in]` shared by all, or `[E or K, B, in]` -> `[E or K, B, out]`.
+        Shapes: `x [B, in]` shared by all, or `[E or K, B, in]` -> `[E or K, B, out]`; where the weights are stacked over seeds
+        (`dydiff.agents.stack`), everything has that dimension in front.
         """
-        if x.dim() == 2:
-            x = x.expand(self.num_members if members is None else len(members), -1, -1)
-        for layer in self.layers[:-1]:
-            x = self.activation(layer(x, members))
-        return self.layers[-1](x, members)
+        *hidden, last = weights or [(layer.weight, layer.bias) for layer in self.layers]
+        if x.dim() < last[0].dim():
+            x = x.unsqueeze(-3).expand(*last[0].shape[:-2], -1, -1)
+        for weight, bias in hidden:
+            x = self.activation(_apply_linear(x, weight, bias))
+        return _apply_linear(x, *last)
+
+    def gather(self, members: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Copies of the weights and biases of the `K` members whose indices `members [K]` (long, on the device) holds."""
+        return [(layer.weight[members], layer.bias[members]) for layer in self.layers]
 
     def forward_member(self, member: int, x: Tensor) -> Tensor:
-        """Evaluate one member alone: `[..., in]` -> `[..., out]`."""
-        for layer in self.layers[:-1]:
-            x = self.activation(F.linear(x, layer.weight[member].mT, layer.bias[member, 0]))
-        return F.linear(x, self.layers[-1].weight[member].mT, self.layers[-1].bias[member, 0])
+        """Evaluate one member alone: `[B, in]` -> `[B, out]`, behind the dimension of seeds if there is one."""
+        *hidden, last = [(layer.weight.select(-3, member), layer.bias.select(-3, member)) for layer in self.layers]
+        for weight, bias in hidden:
+            x = self.activation(_apply_linear(x, weight, bias))
+        return _apply_linear(x, *last)
 
     def member_state_dict(self, member: int) -> dict[str, Tensor]:
         """One member under the names and shapes of an equal `MLP` (weights `[out, in]`): copies, detached."""
@@ -82,3 +83,12 @@ class EnsembleMLP(nn.Module):
         for i, layer in enumerate(self.layers):
             layer.weight[member].copy_(tree[f"layers.{i}.weight"].mT)
             layer.bias[member, 0].copy_(tree[f"layers.{i}.bias"])
+
+
+def _apply_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Linear maps `[*L, in, out]` with biases `[*L, 1, out]` of `x [*L, B, in]`."""
+    if weight.shape[-1] == 1:  # a product with one column wastes a matrix multiplication, and cannot be fused with its neighbours
+        return (x * weight.mT).sum(-1, keepdim=True) + bias
+    if weight.dim() == 3:
+        return torch.baddbmm(bias, x, weight)
+    return x @ weight + bias
