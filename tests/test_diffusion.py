@@ -14,7 +14,7 @@ from dydiff.data import Dataset, Limits, Windows
 from dydiff.diffusion.edm import Denoiser, draw_sigma, edm_loss, precondition
 from dydiff.diffusion.sampler import sample_edm
 from dydiff.diffusion.training import DiffusionTrainer
-from dydiff.errors import DydiffError
+from dydiff.errors import NotFinite
 from dydiff.kernels import edm
 from dydiff.networks import build_trajectory_network
 
@@ -175,6 +175,27 @@ def test_sampler_overwrites_what_is_given_and_only_that():
     assert samples[:, 1:, :OBSERVATION_DIM].isfinite().all() and not torch.isclose(samples, free).all(dim=-1).any()
 
 
+@pytest.mark.parametrize("step", ["reference", "auto"])
+def test_churn_hides_the_condition_unless_it_is_overwritten_again(step):
+    first, actions = normal(5, OBSERVATION_DIM, seed=3), normal(5, HORIZON, ACTION_DIM, seed=4)
+    hidden = []
+    for inpaint_churn in (False, True):
+        denoiser = Denoiser(Recorder(), OBSERVATION_DIM)
+        samples = sample_edm(denoiser, (5, HORIZON, DATA_DIM), drawer(), first, actions, inpaint_churn=inpaint_churn, backend=step)
+        assert torch.equal(samples[:, 0, :OBSERVATION_DIM], first) and torch.equal(samples[..., OBSERVATION_DIM:], actions)
+        inputs = [
+            model_input / precondition((4 * label).exp(), 0.5)[2]
+            for model_input, label in zip(denoiser.network.inputs, denoiser.network.labels, strict=True)
+        ]
+        shown = [
+            torch.allclose(x[..., OBSERVATION_DIM:], actions, atol=1e-3)
+            and torch.allclose(x[:, 0, :OBSERVATION_DIM], first, atol=1e-3)
+            for x in inputs
+        ]
+        hidden.append(shown.count(False))
+    assert hidden == [20, 0], "20 of 34 levels lie where the published sampler churns"
+
+
 @pytest.mark.parametrize("num_steps", [2, 5, 34])
 def test_number_of_network_evaluations_and_draws(num_steps):
     denoiser, draws = Denoiser(Recorder(), OBSERVATION_DIM), []
@@ -324,12 +345,32 @@ def test_every_tick_trains_on_something(windows):
     assert [line["kimg"] * 1000 for line in log] == pytest.approx([6, 12, 18, 24]) and all(line["loss"] > 0 for line in log)
 
 
-def test_divergence_is_told(windows):
+def make_spoiled_trainer(windows: Windows, samples: int, before: bool) -> DiffusionTrainer:
+    """A trainer with a NaN in its weights before, or else after, the batch that begins after so many samples."""
     trainer = make_trainer(windows)
-    with torch.no_grad():
-        next(trainer.denoiser.parameters()).fill_(math.nan)
-    with pytest.raises(DydiffError, match="diffusion loss is nan after 30 samples. Lower --lr"):
-        trainer.run_epoch()
+    step = trainer._step
+
+    def spoilt_step() -> Tensor:
+        first = trainer.seen
+        loss = None if before else step()
+        if first == samples:
+            with torch.no_grad():
+                next(trainer.denoiser.parameters()).fill_(math.nan)
+        return step() if before else loss
+
+    trainer._step = spoilt_step
+    return trainer
+
+
+def test_divergence_is_told_with_batch_and_tensor(windows):
+    told = "diffusion loss is nan after 18 samples .first in the tensor 'network.*Lower --lr"
+    with pytest.raises(NotFinite, match=told):
+        make_spoiled_trainer(windows, samples=12, before=True).run_epoch()
+
+
+def test_weights_that_the_last_batch_of_a_tick_spoils_are_told_before_they_are_saved(windows):
+    with pytest.raises(NotFinite, match="weights are not finite after 30 samples .first in the tensor 'network"):
+        make_spoiled_trainer(windows, samples=24, before=False).run_epoch()
 
 
 def test_products_are_the_average_with_its_limits(windows):

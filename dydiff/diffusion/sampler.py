@@ -29,12 +29,16 @@ def sample_edm(
     s_min: float = 0.36995,
     s_max: float = 52.242,
     s_noise: float = 1.002,
+    inpaint_churn: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Sample trajectories in model space; 2 num_steps - 1 network evaluations.
 
     Shapes: `shape` is (B, H, D); first_observation [B, O] and actions [B, H, A] overwrite row 0's observations and all actions
     after every update (None: left free); returns [B, H, D]. `draw` is called for the latents and then once a step.
+
+    Churn puts noise on what was overwritten, too, so that the first evaluation of a churned step does not see the condition as it
+    did in training. The method is published so; `inpaint_churn` overwrites once more behind the churn.
 
     Raises:
         DydiffError: `backend="extension"` where the compiled step is not available.
@@ -52,6 +56,9 @@ def sample_edm(
         sigma_hat = reference.churned(sigma, num_steps, s_churn, s_min, s_max)
         noise = draw(shape)
         x_hat, model_input = edm.churn_step(x, noise, sigma, sigma_hat, s_noise, sigma_data=sigma_data, backend=backend)
+        if inpaint_churn:
+            x_hat = reference.inpaint(x_hat, first_observation, actions)
+            model_input = reference.precondition(sigma_hat, sigma_data)[2] * x_hat
         output = denoiser.evaluate(model_input, sigma_hat)
         x, model_input = edm.euler_step(x_hat, output, sigma_hat, sigma_next, **condition)
         if sigma_next > 0:
