@@ -8,6 +8,7 @@ safetensors reader can open them.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -49,7 +50,7 @@ def load_checkpoint(path: Path, kind: str) -> tuple[Any, dict[str, Any]]:
         DydiffError: the file is missing, damaged, of another kind, or written by a newer format.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path's, it takes any name, however long
         raise DydiffError(f"Checkpoint '{path}' does not exist. Train the {kind} first, or correct the path.")
     try:
         with safe_open(path, framework="pt") as file:
@@ -64,10 +65,22 @@ def load_checkpoint(path: Path, kind: str) -> tuple[Any, dict[str, Any]]:
                 raise DydiffError(f"'{path}' holds a {manifest['kind']}, but a {kind} is needed here. Correct the path.")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
             return _decode(json.loads(metadata["structure"]), tensors), manifest
-    except (SafetensorError, LookupError, ValueError, TypeError, OSError) as error:
+    except (SafetensorError, LookupError, ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise DydiffError(
             f"'{path}' is not a dydiff checkpoint or is damaged ({error}). Use an earlier snapshot of the run, or train again."
         ) from error
+
+
+def digest_file(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal; raises DydiffError where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            digest = hashlib.sha256()
+            while block := file.read(1 << 20):
+                digest.update(block)
+            return digest.hexdigest()
+    except OSError as error:
+        raise DydiffError(f"Cannot read '{path}': {error.strerror or error}. Put the file back, or correct the path.") from error
 
 
 def write_atomically(path: Path, write) -> None:

@@ -6,3 +6,7 @@ class DydiffError(Exception):
 
     Entry points print the message and exit with status 1; anything else that escapes is a defect of dydiff.
     """
+
+
+class NotFinite(DydiffError):
+    """A loss, a weight or a rollout holds a NaN or an infinity: training stops, and what was saved before it stays."""

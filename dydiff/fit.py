@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dydiff.data.transitions import Transitions
-from dydiff.errors import DydiffError
+from dydiff.errors import DydiffError, NotFinite
+from dydiff.finite import find_not_finite
 
 
 class OneStepModel(Protocol):
@@ -39,7 +40,8 @@ class Fit:
     randomness and part of `state_dict`.
 
     Raises:
-        DydiffError: fewer than two rows; from `run_epoch`, a loss or a held-out error that is not finite.
+        DydiffError: fewer than two rows.
+        NotFinite: from `run_epoch`, a loss or a held-out error that is not finite.
     """
 
     def __init__(
@@ -149,7 +151,7 @@ class Fit:
         """Held-out error `[E]` and whether any network improved; copies the weights of those that did."""
         error = self.model.error_per_network(*self._gather(self.holdout))
         if not bool(error.isfinite().all()):
-            raise DydiffError(self._diagnosis("held-out error", self.step))
+            raise NotFinite(self._diagnosis("held-out error", self.step))
         improved = error < self.best_error
         for tensor, best in zip(self.model.tensors_per_network(), self.best, strict=True):
             mask = improved.view(-1, *[1] * (tensor.dim() - 1))
@@ -161,7 +163,7 @@ class Fit:
         """One look at the device per epoch: the first step whose loss is not finite stops the fit."""
         finite = losses.isfinite()
         if not bool(finite.all()):
-            raise DydiffError(self._diagnosis("training loss", self.step + int(finite.logical_not().nonzero()[0]) + 1))
+            raise NotFinite(self._diagnosis("training loss", self.step + int(finite.logical_not().nonzero()[0]) + 1))
 
     def _diagnosis(self, what: str, step: int) -> str:
         """Say which tensor is to blame: columns of the data, or else the weights."""
@@ -170,8 +172,10 @@ class Fit:
         used = torch.cat([self.data.observation, self.data.action, target], dim=-1)
         bad = used.isfinite().all(dim=-1).logical_not().nonzero()
         if not len(bad):
+            weight = find_not_finite(self.model.state_dict())
+            which = f", first '{weight}'" if weight else ""
             return (
-                f"{head}The data are finite, so the weights diverged: lower the learning rate, or look for extreme "
+                f"{head}The data are finite, so the weights diverged{which}: lower the learning rate, or look for extreme "
                 "rewards or observations."
             )
         row = int(bad[0])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,8 +17,12 @@ from dydiff.data import Dataset, Limits, Spaces, ZScore
 from dydiff.diffusion.edm import Denoiser
 from dydiff.dynamics import DynamicsEnsemble
 from dydiff.errors import DydiffError
+from dydiff.finite import find_not_finite
+from dydiff.memory import is_out_of_memory
 from dydiff.networks import build_trajectory_network
 from dydiff.reward import RewardModel
+
+OneStep = TypeVar("OneStep", DynamicsEnsemble, RewardModel)
 
 DIFFUSION, DYNAMICS, REWARD, POLICY = "diffusion model", "dynamics model", "reward model", "policy"
 
@@ -37,33 +43,36 @@ def build_denoiser(network: dict[str, Any], observation_dim: int) -> Denoiser:
 
 
 def load_diffusion_model(path: str | Path, dataset: Dataset | None = None, device: str = "cpu") -> DiffusionModel:
-    """Load a diffusion model; with `dataset`, insist that it was trained on that very data.
+    """Load a diffusion model; with `dataset`, insist that it was trained on that very data and its limits.
 
     Raises:
-        DydiffError: no such checkpoint, or one of another kind or another dataset.
+        DydiffError: no such checkpoint, one of another kind, dataset or scaling, or one whose content does not fit together.
     """
     tree, manifest = _load(path, DIFFUSION, dataset)
-    denoiser = build_denoiser(manifest["network"], manifest["observation_dim"])
-    denoiser.network.load_state_dict(tree["weights"])
-    limits = Limits(tree["limits"]["minimum"], tree["limits"]["maximum"])
-    denoiser = denoiser.to(device).eval().requires_grad_(False)
-    return DiffusionModel(denoiser, limits.to(device), manifest["network"]["horizon"], manifest)
+    with _consistent(path):
+        denoiser = build_denoiser(manifest["network"], manifest["observation_dim"])
+        denoiser.network.load_state_dict(tree["weights"])
+        limits = Limits(tree["limits"]["minimum"], tree["limits"]["maximum"])
+        denoiser = denoiser.to(device).eval().requires_grad_(False)
+        model = DiffusionModel(denoiser, limits.to(device), manifest["network"]["horizon"], manifest)
+        if dataset is not None:
+            ours = Limits.from_dataset(dataset, manifest["include_action"])
+            _check_scaling(path, DIFFUSION, tree["limits"], ours.state_dict())
+    return model
 
 
-def load_dynamics(path: str | Path, dataset: Dataset | None = None, device: str = "cpu") -> DynamicsEnsemble:
-    """Load a dynamics ensemble; raises as `load_diffusion_model`."""
-    tree, manifest = _load(path, DYNAMICS, dataset)
-    model = DynamicsEnsemble(**manifest["model"])
-    model.load_state_dict(tree)
-    return model.to(device).eval().requires_grad_(False)
+def load_dynamics(
+    path: str | Path, dataset: Dataset | None = None, device: str = "cpu", spaces: Spaces | None = None
+) -> DynamicsEnsemble:
+    """Load a dynamics ensemble; with `spaces`, insist on their scaling. Raises as `load_diffusion_model`."""
+    return _load_one_step(path, DYNAMICS, DynamicsEnsemble, dataset, device, spaces)
 
 
-def load_reward(path: str | Path, dataset: Dataset | None = None, device: str = "cpu") -> RewardModel:
-    """Load a reward model; raises as `load_diffusion_model`."""
-    tree, manifest = _load(path, REWARD, dataset)
-    model = RewardModel(**manifest["model"])
-    model.load_state_dict(tree)
-    return model.to(device).eval().requires_grad_(False)
+def load_reward(
+    path: str | Path, dataset: Dataset | None = None, device: str = "cpu", spaces: Spaces | None = None
+) -> RewardModel:
+    """Load a reward model; with `spaces`, insist on their scaling. Raises as `load_diffusion_model`."""
+    return _load_one_step(path, REWARD, RewardModel, dataset, device, spaces)
 
 
 @dataclass
@@ -81,9 +90,10 @@ class Policy:
 def load_policy(path: str | Path, device: str = "cpu") -> Policy:
     """Load a policy checkpoint (`agent.safetensors`, `agent-best.safetensors`, ...); raises as `load_diffusion_model`."""
     tree, manifest = _load(path, POLICY, None)
-    agent = AGENTS[manifest["algorithm"]](**manifest["model"], device=device)
-    agent.load_state_dict(tree["agent"])
-    return Policy(agent, restore_spaces(tree["spaces"]).to(device), manifest)
+    with _consistent(path):
+        agent = AGENTS[manifest["algorithm"]](**manifest["model"], device=device)
+        agent.load_state_dict(tree["agent"])
+        return Policy(agent, restore_spaces(tree["spaces"]).to(device), manifest)
 
 
 def store_spaces(spaces: Spaces) -> dict[str, Any]:
@@ -100,6 +110,12 @@ def store_spaces(spaces: Spaces) -> dict[str, Any]:
     }
 
 
+def describe_scaling(spaces: Spaces) -> dict[str, list[float]]:
+    """The numbers between raw and policy space, for the manifest of a model that lives in policy space."""
+    stored = store_spaces(spaces)
+    return {name: stored[name].tolist() for name in ("mean", "std", "action_low", "action_high")}
+
+
 def restore_spaces(stored: dict[str, Any]) -> Spaces:
     """The inverse of `store_spaces`."""
     limits, z_score = Limits(stored["minimum"], stored["maximum"]), ZScore(stored["mean"], stored["std"])
@@ -114,12 +130,49 @@ def act_raw(agent: Agent, spaces: Spaces, observation: np.ndarray, generator: to
     return spaces.action_policy_to_raw(action).cpu().numpy()
 
 
+def _load_one_step(
+    path: str | Path, kind: str, build: type[OneStep], dataset: Dataset | None, device: str, spaces: Spaces | None
+) -> OneStep:
+    tree, manifest = _load(path, kind, dataset)
+    with _consistent(path):
+        if spaces is not None and "scaling" in manifest:  # published files do not tell theirs
+            _check_scaling(path, kind, manifest["scaling"], describe_scaling(spaces))
+        model = build(**manifest["model"])
+        model.load_state_dict(tree)
+        return model.to(device).eval().requires_grad_(False)
+
+
 def _load(path: str | Path, kind: str, dataset: Dataset | None) -> tuple[Any, dict[str, Any]]:
     tree, manifest = load_checkpoint(Path(path), kind)
-    if dataset is not None and manifest["fingerprint"] != dataset.fingerprint:
+    if dataset is not None and manifest.get("fingerprint") != dataset.fingerprint:
         raise DydiffError(
-            f"The {kind} '{path}' was trained on dataset '{manifest['dataset']}' (fingerprint {manifest['fingerprint'][:12]}), "
-            f"not on '{dataset.name}' ({dataset.fingerprint[:12]}). Its scaling would be silently wrong; "
-            "train one on this dataset."
+            f"The {kind} '{path}' was trained on dataset '{manifest.get('dataset')}' (fingerprint "
+            f"{str(manifest.get('fingerprint'))[:12]}), not on '{dataset.name}' ({dataset.fingerprint[:12]}). Its scaling would "
+            "be silently wrong; train one on this dataset."
         )
+    if tensor := find_not_finite(tree):
+        raise DydiffError(f"The {kind} '{path}' holds a NaN or an infinity in '{tensor}'. Use an earlier one, or train again.")
     return tree, manifest
+
+
+def _check_scaling(path: str | Path, kind: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Refuse a model that scales its inputs otherwise. Statistics may differ in their last bits from machine to machine."""
+    for name in theirs:
+        pair = [torch.as_tensor(scaling[name], dtype=torch.float64, device="cpu") for scaling in (theirs, ours)]
+        if pair[0].shape != pair[1].shape or not torch.allclose(*pair, rtol=1e-3, atol=1e-6):
+            raise DydiffError(
+                f"The {kind} '{path}' scales by another {name} of the columns than this run does, so that its numbers would be "
+                "silently wrong. Train one with this run's dataset and environment."
+            )
+
+
+@contextlib.contextmanager
+def _consistent(path: str | Path) -> Iterator[None]:
+    """Tell one paragraph where a checkpoint's manifest and tensors contradict each other: it may come from anywhere."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise DydiffError(f"What '{path}' holds does not fit its own manifest ({reason}). Get it again, or train again.") from error

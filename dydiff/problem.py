@@ -40,9 +40,22 @@ def load_problem(dataset_name: str, env_name: str | None = None, backend: str | 
     dataset = load_dataset(dataset_name)
     if env_name is None and dataset.environment is None:
         raise DydiffError(
-            f"Dataset '{dataset.name}' does not say which environment it is from. Set env_specs.env_name (for example hopper)."
+            f"Dataset '{dataset.name}' does not say which environment it is from. Name it (for example hopper): "
+            "--environment of `dydiff import`, env_specs.env_name in an experiment file."
         )
     environment = environment_name(env_name or dataset.environment)
+    spec = fit_environment(dataset, environment, backend)
+    transitions = make_transitions(dataset)
+    spaces = Spaces.from_dataset(dataset, transitions, *_action_range(dataset, spec))
+    return Problem(dataset, environment, spec, transitions, spaces)
+
+
+def fit_environment(dataset: Dataset, environment: str, backend: str | None = None) -> EnvironmentSpec | None:
+    """The simulator of an environment for a dataset of it, or None where none ships.
+
+    Raises:
+        DydiffError: no such environment or simulator of it, or the dataset does not fit it (dimensions, actions outside the box).
+    """
     known = backend or (dataset.backend if environment == dataset.environment else None)
     spec = None if environment in WITHOUT_SIMULATOR else environment_spec(environment, known)
     if spec is not None:
@@ -52,8 +65,7 @@ def load_problem(dataset_name: str, env_name: str | None = None, backend: str | 
                 f"Dataset '{dataset.name}' has {ours[0]} observation and {ours[1]} action columns, but {environment} has "
                 f"{theirs[0]} and {theirs[1]} ({spec.backend}). Correct env_specs.env_name, env_specs.backend or the dataset."
             )
-    low = np.array(spec.action_low if spec else [-1.0] * dataset.action_dim, np.float32)
-    high = np.array(spec.action_high if spec else [1.0] * dataset.action_dim, np.float32)
+    low, high = _action_range(dataset, spec)
     outside = (dataset.actions < low - 1e-3) | (dataset.actions > high + 1e-3)
     if outside.any():
         row, column = np.argwhere(outside)[0]
@@ -62,5 +74,10 @@ def load_problem(dataset_name: str, env_name: str | None = None, backend: str | 
             f"first in row {row}, column {column}: {dataset.actions[row, column]:g} is not in "
             f"[{low[column]:g}, {high[column]:g}]. Rescale or clip the actions in the file."
         )
-    transitions = make_transitions(dataset)
-    return Problem(dataset, environment, spec, transitions, Spaces.from_dataset(dataset, transitions, low, high))
+    return spec
+
+
+def _action_range(dataset: Dataset, spec: EnvironmentSpec | None) -> tuple[np.ndarray, np.ndarray]:
+    low = np.array(spec.action_low if spec else [-1.0] * dataset.action_dim, np.float32)
+    high = np.array(spec.action_high if spec else [1.0] * dataset.action_dim, np.float32)
+    return low, high

@@ -11,9 +11,8 @@ import fcntl
 import json
 import os
 import re
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,12 +23,14 @@ from dydiff import __version__
 from dydiff.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from dydiff.data import Dataset
 from dydiff.errors import DydiffError
+from dydiff.events import EventFile
 
 STATE = "state.safetensors"
+LOG = "log.jsonl"
 
 
 class Stage(Protocol):
-    """Something that is trained epoch by epoch; the driver below logs, saves and resumes it."""
+    """Something that is trained epoch by epoch; `drive` logs, saves and resumes it."""
 
     epoch: int  # epochs done
 
@@ -79,7 +80,7 @@ class Run:
         self.settings = settings
         self._write_status("running")
         write_atomically(self.folder / "settings.yaml", lambda path: path.write_text(yaml.safe_dump(settings, sort_keys=False)))
-        self._board = None
+        self._events: EventFile | None = None  # once there is something to log
 
     def _check_same(self, kind: str) -> None:
         """A resumed run must be of the interrupted run's kind and on its data; whoever picks the folder compares settings."""
@@ -106,97 +107,64 @@ class Run:
         write_atomically(self.folder / "run.json", lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
 
     def save(self, name: str, kind: str, tree: Any, manifest: dict[str, Any]) -> None:
-        """Write one checkpoint of this run; the manifest gains the dataset's name and fingerprint."""
-        save_checkpoint(self.folder / name, kind, tree, {**self.manifest, **manifest})
+        """Write one checkpoint of this run; the manifest gains the dataset's name and fingerprint, and the settings."""
+        save_checkpoint(self.folder / name, kind, tree, {**self.manifest, "settings": self.settings, **manifest})
 
     def log(self, epoch: int, record: dict[str, float]) -> None:
-        """Append one line to log.jsonl and the same numbers to TensorBoard."""
-        with open(self.folder / "log.jsonl", "a") as file:
-            file.write(json.dumps({"epoch": epoch, **record}) + "\n")
-        if self._board is None:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
+        """Append one line to log.jsonl and the same numbers to TensorBoard's event file.
 
-            self._board = SummaryWriter(str(self.folder), purge_step=epoch, flush_secs=30)
-        for name, value in record.items():
-            self._board.add_scalar(name, value, epoch)
+        Raises:
+            DydiffError: the disk is full or fails.
+        """
+        try:
+            with open(self.folder / LOG, "a") as file:
+                file.write(json.dumps({"epoch": epoch, **record}) + "\n")
+            if self._events is None:
+                self._events = EventFile(self.folder, epoch)
+            self._events.add(epoch, record)
+        except OSError as error:
+            raise DydiffError(
+                f"Cannot write the log '{self.folder / LOG}': {error.strerror or error}. Free space and continue with --resume; "
+                f"the last saved state, {STATE}, is untouched."
+            ) from error
 
-    def restore(self, stage: Stage) -> None:
-        """Load the saved state, if there is one, and forget log lines that come after it."""
+    def restore(self, stage: Stage) -> int:
+        """Load the saved state, or save the initial one, and forget log lines that come after it; returns the epochs done."""
         if (self.folder / STATE).is_file():
-            state, _ = load_checkpoint(self.folder / STATE, "training state")
-            torch.set_rng_state(state["torch_rng"])
-            if state["cuda_rng"] is not None:
-                torch.cuda.set_rng_state_all(state["cuda_rng"])
-            stage.load_state_dict(state["stage"])
+            state, manifest = load_checkpoint(self.folder / STATE, "training state")
+            try:
+                torch.set_rng_state(state["torch_rng"])
+                if state["cuda_rng"] is not None:
+                    torch.cuda.set_rng_state_all(state["cuda_rng"])
+                stage.load_state_dict(state["stage"])
+            except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                raise DydiffError(
+                    f"'{self.folder / STATE}', written by dydiff {manifest['dydiff']}, perhaps on another device, does not fit "
+                    f"this run ({' '.join(str(error).split())[:300]}). Continue where it was written, or remove it to "
+                    "start over."
+                ) from error
+        else:
+            self.save_state(stage)
         kept = [line for line in read_log(self.folder) if line["epoch"] <= stage.epoch]
         text = "".join(json.dumps(line) + "\n" for line in kept)
-        write_atomically(self.folder / "log.jsonl", lambda path: path.write_text(text))
+        write_atomically(self.folder / LOG, lambda path: path.write_text(text))
+        return stage.epoch
 
-    def save_state(self, stage: Stage) -> None:
+    def save_state(self, stage: Stage, name: str = STATE) -> int:
+        """Write everything that resuming needs, into the file `name`; returns the epochs done."""
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
         tree = {"stage": stage.state_dict(), "torch_rng": torch.get_rng_state(), "cuda_rng": cuda}
-        self.save(STATE, "training state", tree, {"epoch": stage.epoch})
+        self.save(name, "training state", tree, {"epoch": stage.epoch})
+        return stage.epoch
 
     def close(self, status: str) -> None:
-        self._write_status(status)
-        if self._board is not None:
-            self._board.close()
-        self._lock.close()
-
-
-class Interrupts:
-    """Turn signals that ask for the end into a flag, looked at between pieces of work, so that a stop loses nothing."""
-
-    def __enter__(self) -> Interrupts:
-        self.received: int | None = None
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        # What nohup and background shells have ignored stays ignored.
-        heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-        self._previous = {number: signal.signal(number, self._receive) for number in heeded}
-        return self
-
-    def _receive(self, number: int, frame: Any) -> None:
-        if self.received is not None:  # a second one means now
-            raise KeyboardInterrupt
-        self.received = number
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-
-class Interrupted(DydiffError):
-    """The work was stopped by a signal after saving its state."""
-
-
-def drive(stage: Stage, run: Run, save_every: int, on_epoch: Callable[[dict[str, float]], None] = lambda record: None) -> None:
-    """Train a stage to its end inside a run folder: resume, log every epoch, save every `save_every` epochs and on signals.
-
-    Raises:
-        Interrupted: a signal asked for the end; the state is saved and the run can be resumed.
-        DydiffError: whatever the stage raises about its data.
-    """
-    status = "failed"
-    try:
-        run.restore(stage)
-        with Interrupts() as interrupts:
-            while not stage.finished:
-                record = stage.run_epoch()
-                stopped_by = interrupts.received
-                saving = stopped_by is not None or stage.finished or stage.epoch % save_every == 0
-                records = stage.late_records(wait=saving) if record is None else [(stage.epoch, record)]
-                for epoch, complete in records:
-                    run.log(epoch, complete)
-                    on_epoch(complete)
-                stage.save_products(run.save, final=stage.finished)
-                if saving:
-                    run.save_state(stage)
-                if stopped_by is not None and not stage.finished:
-                    status = "interrupted"
-                    raise Interrupted(f"Stopped by signal {stopped_by} after epoch {stage.epoch}; the state is saved.")
-        status = "finished"
-    finally:
-        run.close(status)
+        """Note how the run ended and let go of the folder; raises DydiffError where the note cannot be written."""
+        try:
+            self._write_status(status)
+        finally:
+            if self._events is not None:
+                self._events.close()
+            self._lock.close()
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
@@ -212,7 +180,7 @@ def read_run(folder: Path) -> dict[str, Any] | None:
 def read_log(folder: Path) -> list[dict[str, float]]:
     """The records of a run's log.jsonl; a last line that a kill cut short is left out."""
     try:
-        lines = (Path(folder) / "log.jsonl").read_text().splitlines()
+        lines = (Path(folder) / LOG).read_text().splitlines()
     except OSError:
         return []
     records = []
@@ -230,25 +198,31 @@ def list_runs(root: Path) -> list[tuple[Path, dict[str, Any]]]:
     return sorted(((folder, record) for folder, record in found if record), key=lambda item: item[1]["updated"])
 
 
-def find_run_of(root: Path, settings: dict[str, Any]) -> Path | None:
-    """The newest run folder under `root` with exactly these settings, or None."""
+def find_run_of(
+    root: Path, settings: dict[str, Any], complete: Callable[[dict[str, Any]], dict[str, Any]] = lambda stored: stored
+) -> Path | None:
+    """The newest run folder under `root` with exactly these settings, or None.
+
+    `complete` adds to stored settings what they lack because they were written before it could be chosen.
+    """
     for folder, _ in reversed(list_runs(root)):
-        if read_settings(folder) == settings:
+        stored = read_settings(folder)
+        if stored == settings or (isinstance(stored, dict) and complete(stored) == settings):
             return folder
     return None
 
 
-def find_unfinished(folder: Path, settings: dict[str, Any]) -> Path:
-    """Check that `folder` (or the folder of a file in it) holds an unfinished run with exactly these settings.
+def find_unfinished(folder: Path, settings: dict[str, Any], free: Sequence[str] = ()) -> Path:
+    """Check that `folder` (or the folder of a file in it) holds an unfinished run with these settings, but for the `free` ones.
 
     Raises:
         DydiffError: no run there, one that is finished, or one with other settings (names them).
     """
-    folder = folder.parent if folder.is_file() else folder
+    folder = folder.parent if os.path.isfile(folder) else folder
     record, theirs = read_run(folder), read_settings(folder)
     if record is None or theirs is None:
         raise DydiffError(f"'{folder}' is not a run folder, so there is nothing to resume.")
-    different = [key for key in settings if theirs.get(key) != settings[key]]
+    different = [key for key in settings if theirs.get(key) != settings[key] and key not in free]
     if different:
         pairs = ", ".join(f"{key} was {theirs.get(key)!r}, now {settings[key]!r}" for key in different)
         raise DydiffError(f"The run in '{folder}' was started with other settings: {pairs}. Repeat its options to resume it.")
@@ -272,8 +246,8 @@ def find_model(root: Path, kind: str, dataset: Dataset, path: str, product: str 
         DydiffError: nothing is there, or no finished run of that kind on that dataset lies under `root`.
     """
     if path != "auto":
-        file = Path(path) / product if Path(path).is_dir() else Path(path)
-        if not file.is_file():
+        file = Path(path) / product if os.path.isdir(path) else Path(path)
+        if not os.path.isfile(file):
             raise DydiffError(f"No {kind} checkpoint at '{path}'. Train it first, or correct the path (or use 'auto').")
         return file
     for folder, record in reversed(list_runs(root)):
@@ -304,7 +278,7 @@ def new_folder(root: Path, name: str) -> Path:
         DydiffError: the folder cannot be created.
     """
     root = Path(root)
-    slug = re.sub(r"[^A-Za-z0-9._=-]+", "_", name)
+    slug = re.sub(r"[^A-Za-z0-9._=-]+", "_", name)[:150]  # file systems stop at 255 bytes
     try:
         root.mkdir(parents=True, exist_ok=True)
         while True:

@@ -1,5 +1,7 @@
 """Reading datasets: what is accepted, what is refused and in which words, names and scores."""
 
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import h5py
 import numpy as np
 import pytest
 
-from dydiff.data import Dataset, d4rl, dataset_from_arrays, dataset_path, load_dataset, normalized_score
+from dydiff.data import Dataset, d4rl, dataset_from_arrays, dataset_path, files, load_dataset, normalized_score
 from dydiff.errors import DydiffError
 
 ROWS = 12
@@ -148,6 +150,22 @@ def test_refuses_damaged_compressed_rows(tmp_path):
     path.write_bytes(content)
     with pytest.raises(DydiffError, match="truncated or damaged"):
         load_dataset(path)
+
+
+def test_a_crash_of_the_library_that_reads_is_told(tmp_path, monkeypatch):
+    """As HDF5 2.0 does on some damaged files: the process that reads dies, ours goes on."""
+    path = write(tmp_path / "deadly.hdf5", make_arrays())
+    visit = files._visit_hdf5
+
+    def crash(path, wanted):
+        yield next(visit(path, wanted))
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+    monkeypatch.setattr(files, "_visit_hdf5", crash)
+    handles = os.listdir("/proc/self/fd")
+    with pytest.raises(DydiffError, match="deadly.hdf5.*damaged .HDF5 says: reading it ended by SIGSEGV"):
+        load_dataset(path)
+    assert os.listdir("/proc/self/fd") == handles
 
 
 def test_refuses_npz_that_is_not_an_archive_of_plain_arrays(tmp_path):

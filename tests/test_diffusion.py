@@ -14,7 +14,7 @@ from dydiff.data import Dataset, Limits, Windows
 from dydiff.diffusion.edm import Denoiser, draw_sigma, edm_loss, precondition
 from dydiff.diffusion.sampler import sample_edm
 from dydiff.diffusion.training import DiffusionTrainer
-from dydiff.errors import NotFinite
+from dydiff.errors import DydiffError, NotFinite
 from dydiff.kernels import edm
 from dydiff.networks import build_trajectory_network
 
@@ -335,6 +335,19 @@ def test_resume_is_exact(windows):
     assert resumed_log == log and whole.finished
     assert torch.equal(weights(resumed.ema), weights(whole.ema))
     assert torch.equal(weights(resumed.denoiser), weights(whole.denoiser))
+
+
+@pytest.mark.parametrize("duration", [80, 300])
+def test_another_duration_may_be_chosen_on_resume(windows, duration):
+    whole, begun, resumed = (make_trainer(windows, duration=size) for size in (duration, 120, duration))
+    begun.run_epoch(), begun.run_epoch()
+    resumed.load_state_dict(begun.state_dict())
+    for trainer in (whole, resumed):
+        while not trainer.finished:
+            trainer.run_epoch()
+    assert resumed.seen == whole.seen and torch.equal(weights(resumed.ema), weights(whole.ema))
+    with pytest.raises(DydiffError, match="has seen 60 windows, and 60 were asked for"):
+        make_trainer(windows, duration=60).load_state_dict(begun.state_dict())
 
 
 def test_every_tick_trains_on_something(windows):

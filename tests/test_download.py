@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 import h5py
 import numpy as np
 import pytest
+from test_resume import children
 
+from dydiff.cli import main
 from dydiff.data import dataset_path, dataset_url, download, load_dataset
 from dydiff.errors import DydiffError
 
@@ -51,6 +57,7 @@ class Server:
     cuts: list[int] = field(default_factory=list)  # bytes after which the next connections break
     status: list[int] = field(default_factory=list)  # answers to the next connections
     page: bytes | None = None
+    pause: float = 0.0  # seconds without a byte after the first 3,000, or until it is set back
     requests: list[dict[str, str]] = field(default_factory=list)
     url: str = ""
 
@@ -80,7 +87,14 @@ class Handler(BaseHTTPRequestHandler):
         if state.version:
             self.send_header("ETag", state.version)
         self.end_headers()
-        self.wfile.write(body[start : start + state.cuts.pop(0)] if state.cuts else body[start:])
+        body = body[start : start + state.cuts.pop(0)] if state.cuts else body[start:]
+        if state.pause:
+            self.wfile.write(body[:3000])
+            deadline = time.monotonic() + state.pause
+            while state.pause and time.monotonic() < deadline:
+                time.sleep(0.01)
+            return
+        self.wfile.write(body)
 
     def log_message(self, format, *arguments):
         pass
@@ -241,6 +255,34 @@ def test_schema_is_checked(server, change, words):
     with pytest.raises(DydiffError, match=words):
         download.download_dataset(NAME)
     assert leftovers() == []
+
+
+def download_slowly(folder: str, url: str, output: Path) -> None:
+    """The body of a process that downloads from a server which stops sending."""
+    os.environ.update(D4RL_DATASET_DIR=folder, DYDIFF_D4RL_URL=url, no_proxy="127.0.0.1")
+    with open(output, "w") as sys.stderr:
+        status = main(["data", "download", NAME])
+    os._exit(status)
+
+
+def test_ctrl_c_says_what_is_kept(server, tmp_path):
+    server.pause = 30.0  # after the first bytes
+    child = children.Process(target=download_slowly, args=(str(tmp_path / "datasets"), server.url, tmp_path / "output"))
+    child.start()
+    part = tmp_path / "datasets" / "hopper_medium-v2.hdf5.part"
+    while not (part.is_file() and part.stat().st_size == 3000):
+        time.sleep(0.01)
+        assert child.is_alive()
+    os.kill(child.pid, signal.SIGINT)
+    child.join(20)
+    last = (tmp_path / "output").read_text().splitlines()[-1]
+    assert child.exitcode == 1 and "Traceback" not in last
+    assert last == f"error: Interrupted. The same command goes on from the 0.0 MB in {str(part)!r}."
+    assert part.stat().st_size == 3000
+    server.pause = 0.0
+    download.download_dataset(NAME)
+    check_whole(server)
+    assert server.requests[-1]["Range"] == "bytes=3000-"
 
 
 def test_no_server(server, monkeypatch):

@@ -21,6 +21,7 @@ import tiny
 import torch
 from conftest import DATASET
 
+from dydiff.capture import can_compile
 from dydiff.checkpoint import load_checkpoint
 from dydiff.models import DIFFUSION, DYNAMICS, POLICY, REWARD
 from dydiff.runs import read_log, read_run
@@ -28,7 +29,7 @@ from dydiff.runs import read_log, read_run
 REPOSITORY = Path(__file__).parents[1]
 children = multiprocessing.get_context("forkserver")
 # What a run imports late: optimizers pull in torch._dynamo.
-children.set_forkserver_preload(["dydiff.workers", "gymnasium", "mujoco", "pytest", "torch._dynamo", "torch.utils.tensorboard"])
+children.set_forkserver_preload(["dydiff.workers", "gymnasium", "mujoco", "pytest", "torch._dynamo", "tensorboard.summary"])
 
 KINDS = {"diffusion": DIFFUSION, "dynamics": DYNAMICS, "reward": REWARD}
 
@@ -46,8 +47,9 @@ def run_script(script: str, arguments: list[str], environment: dict[str, str], o
 class Workplace:
     """One stage's command in a folder of its own, started as often as it takes."""
 
-    def __init__(self, stage: str, root: Path, dataset_folder: Path, trained: Path | None):
+    def __init__(self, stage: str, root: Path, dataset_folder: Path, trained: Path | None, more: tuple[str, ...] = ()):
         self.stage = stage
+        self.more = more
         self.root = root
         self.environment = {"D4RL_DATASET_DIR": str(dataset_folder)}
         root.mkdir()
@@ -66,9 +68,9 @@ class Workplace:
         if self.stage == "diffusion":
             resume = [f"--resume={run}"] if run else []
             # Of the networks, the transformer alone draws from torch's global generator while it trains.
-            arguments = ["-m", DATASET, "--rl_model_type=Transformer_RL", *tiny.TRAIN, f"--outdir={self.root}", *resume]
+            arguments = ["-m", DATASET, "--rl_model_type=Transformer_RL", *tiny.TRAIN, *self.more, f"--outdir={self.root}", *resume]
         else:
-            arguments = ["-e", str(self.file), "--device=cpu", f"--outdir={self.root}", "--resume", *self._models()]
+            arguments = ["-e", str(self.file), "--device=cpu", f"--outdir={self.root}", "--resume", *self._models(), *self.more]
         script = "train.py" if self.stage == "diffusion" else "run_experiment.py"
         process = children.Process(target=run_script, args=(script, arguments, self.environment, self.root / "output"))
         process.start()
@@ -138,17 +140,24 @@ def assert_equal_trees(one: object, other: object, where: str = "") -> None:
         assert one == other, where
 
 
-@pytest.mark.parametrize("stage", ["diffusion", "dynamics", "reward", "td3_bc", "diffusion_ql", "cql"])
-def test_killed_run_ends_like_an_undisturbed_one(stage, dataset_folder, trained, tmp_path):
-    undisturbed = Workplace(stage, tmp_path / "undisturbed", dataset_folder, trained).finish()
+STAGES = ["diffusion", "dynamics", "reward", "td3_bc", "diffusion_ql", "cql"]
+# Updates compiled by Inductor, and a process that evaluates beside them.
+COMPILED = [("td3_bc", ("--set=rl_trainer_params.update_mode=compiled", "--set=rl_trainer_params.evaluation_worker=true"))]
+COMPILED *= can_compile(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("stage, more", [*((stage, ()) for stage in STAGES), *COMPILED])
+def test_killed_run_ends_like_an_undisturbed_one(stage, more, dataset_folder, trained, tmp_path):
+    undisturbed = Workplace(stage, tmp_path / "undisturbed", dataset_folder, trained, more).finish()
     expected, log = products(undisturbed, stage), log_without_times(undisturbed)
     assert expected and [line["epoch"] for line in log] == list(range(1, len(log) + 1))
 
-    disturbed = Workplace(stage, tmp_path / "disturbed", dataset_folder, trained)
+    disturbed = Workplace(stage, tmp_path / "disturbed", dataset_folder, trained, more)
     instants = random.Random(stage)
     kept = []  # what the log holds when a state has surely been saved
     signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGKILL]
-    for number, epochs in zip(signals, sorted(instants.sample(range(1, len(log)), 3)), strict=True):
+    signals = signals[:1] if more else signals  # compiling takes seconds at every start
+    for number, epochs in zip(signals, sorted(instants.sample(range(1, len(log)), len(signals))), strict=True):
         in_time = disturbed.interrupt(number, epochs, delay=instants.uniform(0, 0.02))
         run = disturbed.find_run()
         if not in_time:
@@ -162,3 +171,39 @@ def test_killed_run_ends_like_an_undisturbed_one(stage, dataset_folder, trained,
     assert log_without_times(run) == log
     assert read_log(run)[: len(kept)] == kept, "epochs before the saved state were repeated"
     assert not list(run.glob(".*.part")), "a half-written file outlived the resumed run"
+
+
+LONGER = {
+    "diffusion": ("--duration=0.002",),
+    "dynamics": ("--set=dyn_model_params.max_epochs=60", "--set=dyn_model_params.patience=60"),
+    "reward": ("--set=model_params.max_epochs=60", "--set=model_params.patience=60"),
+}
+KILLS = 24
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage, more", [*((stage, ()) for stage in STAGES), *COMPILED])
+def test_dozens_of_kills_at_any_instant(stage, more, dataset_folder, trained, tmp_path):
+    """Signals between the start of the process and its end, saving, evaluating and importing included; run after run."""
+    more += LONGER.get(stage, ("--set=rl_trainer_params.num_epochs=20",))
+    began = time.monotonic()
+    undisturbed = Workplace(stage, tmp_path / "undisturbed", dataset_folder, trained, more).finish()
+    patience = time.monotonic() - began  # seconds within which a signal comes
+    expected, log = products(undisturbed, stage), log_without_times(undisturbed)
+    instants, kills, runs = random.Random(f"{stage} {more}"), 0, 0
+    while kills < KILLS:
+        disturbed = Workplace(stage, tmp_path / f"disturbed-{runs}", dataset_folder, trained, more)
+        runs += 1
+        while (run := disturbed.find_run()) is None or read_run(run)["status"] != "finished":
+            process = disturbed.start()
+            process.join(instants.uniform(0, patience))
+            if process.is_alive():
+                kills += 1
+                patience *= 1.1  # so that every run gets through in the end
+                os.kill(process.pid, instants.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
+                process.join(60)
+            assert process.exitcode in (0, 1, 130, -signal.SIGKILL, -signal.SIGTERM), (disturbed.root / "output").read_text()
+        patience *= 0.6
+        assert_equal_trees(products(run, stage), expected)
+        assert log_without_times(run) == log
+    print(f"\n{stage} {' '.join(more)}: {kills} kills in {runs} runs of {len(log)} epochs; equal weights and logs")

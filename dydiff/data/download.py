@@ -12,8 +12,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 from tqdm import tqdm
 
@@ -53,22 +53,29 @@ def download_dataset(name: str) -> Path:
     with _open_alone(part) as file:
         if path.is_file():  # another process was faster
             return path
-        with tqdm(desc=path.name, unit="B", unit_scale=True, unit_divisor=1024) as bar:
-            _Download(name, path, part, file, bar).fetch()
-        os.fsync(file.fileno())
-        _check(name, part, file)
-        os.replace(part, path)
-        _tag_of(part).unlink(missing_ok=True)
+        try:
+            with tqdm(desc=path.name, unit="B", unit_scale=True, unit_divisor=1024) as bar:
+                _Download(name, path, part, file, bar).fetch()
+        except KeyboardInterrupt as error:
+            arrived = f"{os.fstat(file.fileno()).st_size / 1e6:,.1f} MB"
+            raise DydiffError(f"Interrupted. The same command goes on from the {arrived} in {str(part)!r}.") from error
+        try:
+            os.fsync(file.fileno())
+            _check(name, part, file)
+            os.replace(part, path)
+            _tag_of(part).unlink(missing_ok=True)
+        except OSError as error:
+            raise _cannot_write(part, error) from error
     return path
 
 
 @contextmanager
-def _open_alone(part: Path) -> Iterator[BinaryIO]:
+def _open_alone(part: Path) -> Iterator[FileIO]:
     """Open a partial file for appending once no other process has it open; leave none behind that is empty."""
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
         while True:
-            file = open(part, "ab+")
+            file = open(part, "ab+", buffering=0)  # what does not fit onto the disk must not wait in a buffer to fail again
             with suppress(OSError):  # a network file system may have no locks; the content is checked in any case
                 fcntl.flock(file, fcntl.LOCK_EX)
             with suppress(FileNotFoundError):
@@ -88,6 +95,13 @@ def _open_alone(part: Path) -> Iterator[BinaryIO]:
                 _tag_of(part).unlink(missing_ok=True)
 
 
+def _cannot_write(part: Path, error: OSError) -> DydiffError:
+    return DydiffError(
+        f"Cannot write {str(part)!r}: {error.strerror}. Free space and repeat the command, which goes on from there, or set "
+        f"{d4rl.CACHE_VARIABLE} to another folder."
+    )
+
+
 def _tag_of(part: Path) -> Path:
     """Return where a partial file's version is noted, so that it is never continued with another version's bytes."""
     return part.with_name(f"{part.name}.tag")
@@ -96,7 +110,7 @@ def _tag_of(part: Path) -> Path:
 class _Download:
     """One file on its way: connection after connection until it is whole."""
 
-    def __init__(self, name: str, path: Path, part: Path, file: BinaryIO, bar: tqdm):
+    def __init__(self, name: str, path: Path, part: Path, file: FileIO, bar: tqdm):
         self.url = d4rl.dataset_url(name)
         self.by_hand = (
             f"Try again later (what has arrived is kept), set {d4rl.URL_VARIABLE} to a mirror, or get the file elsewhere and "
@@ -156,6 +170,7 @@ class _Download:
                     kind = answer.headers.get("Content-Type", "no content type")
                     raise DydiffError(f"What {self.url} sends is not an HDF5 file ({kind}). {self.by_hand}")
                 self._write(block)
+                self.bar.update(len(block))
         if total is not None and self.size != total:
             raise _Interrupted(f"the connection ended after {self.size:,} of {total:,} bytes")
 
@@ -174,7 +189,10 @@ class _Download:
             version = answer.headers.get("ETag", "")
             version = answer.headers.get("Last-Modified", "") if version.startswith("W/") or not version else version
             if version:
-                _tag_of(self.part).write_text(version)
+                try:
+                    _tag_of(self.part).write_text(version)
+                except OSError as error:
+                    raise _cannot_write(self.part, error) from error
             else:
                 _tag_of(self.part).unlink(missing_ok=True)
         self.bar.total = total
@@ -192,14 +210,13 @@ class _Download:
 
     def _write(self, block: bytes) -> None:
         try:
-            self.file.write(block)
-            self.file.flush()
+            while block:
+                block = block[self.file.write(block) :]
         except OSError as error:  # not the network's fault: another connection would not help
-            raise DydiffError(f"Cannot write {str(self.part)!r}: {error.strerror}.") from error
-        self.bar.update(len(block))
+            raise _cannot_write(self.part, error) from error
 
 
-def _check(name: str, part: Path, file: BinaryIO) -> None:
+def _check(name: str, part: Path, file: FileIO) -> None:
     """Refuse, and discard, a file that is not D4RL's dataset `name`."""
     environment = d4rl.environment_of(name)
     spec = ENVIRONMENTS.get(environment)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-import zipfile
-import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from functools import partial
 from pathlib import Path
 
 import h5py
 import numpy as np
 
+from dydiff.data.child import ChildError, run_in_child
 from dydiff.errors import DydiffError
 
 HDF5_SUFFIXES = (".hdf5", ".h5")
 SUFFIXES = (*HDF5_SUFFIXES, ".npz")
 METADATA = "metadata/"
+DEFLATE_RATIO = 1100  # no file holds more, for gzip cannot compress better
 
 Scalar = str | int | float | bool
 Contents = tuple[dict[str, np.ndarray], dict[str, Scalar]]
@@ -27,7 +28,7 @@ def read_file(path: Path, wanted: Collection[str] | None = None) -> Contents:
     wanted: the arrays to read; of others only the key is kept, with an empty array, for messages. None: all of them, with
     the behaviour policies that D4RL stores under `metadata/`. Raises DydiffError for a file that is missing or broken.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path's, it takes any name, however long
         raise DydiffError(f"There is no dataset file {str(path)!r}. Check the path, or give the name of a dataset.")
     arrays: dict[str, np.ndarray] = {}
     metadata: dict[str, Scalar] = {}
@@ -62,22 +63,25 @@ def _read_hdf5(path: Path, wanted: Collection[str] | None) -> list[tuple[str, np
             f"{str(path)!r} is not an HDF5 file. A broken download often leaves a web page under that name: look into "
             "it and get the file again."
         )
-    found: list[tuple[str, np.ndarray]] = []
-
-    def visit(key: str, node: h5py.Dataset | h5py.Group) -> None:
-        if isinstance(node, h5py.Dataset):
-            scalar = key.startswith(METADATA) and node.shape == ()
-            found.append((key, np.asarray(node[()] if scalar or _is_wanted(key, wanted) else np.empty(0))))
-
     try:
-        # No lock: datasets are put in place whole and never changed, and many network file systems cannot lock.
-        with h5py.File(path, "r", locking=False) as file:
-            file.visititems(visit)
-    except (OSError, RuntimeError, KeyError) as error:
+        return list(run_in_child(partial(_visit_hdf5, path, wanted)))
+    except ChildError as error:
         raise DydiffError(
             f"{str(path)!r} cannot be read: it is truncated or damaged (HDF5 says: {error}). Get the file again."
         ) from error
-    return found
+
+
+def _visit_hdf5(path: Path, wanted: Collection[str] | None) -> Iterator[tuple[str, np.ndarray]]:
+    size = path.stat().st_size
+    found: list[tuple[str, h5py.Dataset]] = []
+    # No lock: datasets are put in place whole and never changed, and many network file systems cannot lock.
+    with h5py.File(path, "r", locking=False) as file:
+        file.visititems(lambda key, node: found.append((key, node)) if isinstance(node, h5py.Dataset) else None)
+        for key, node in found:
+            if node.nbytes > DEFLATE_RATIO * size:  # rows that were never stored, which reading would make up
+                raise ValueError(f"{key} claims {node.nbytes:,} bytes in a file of {size:,}")
+            scalar = key.startswith(METADATA) and node.shape == ()
+            yield key, np.asarray(node[()] if scalar or _is_wanted(key, wanted) else np.empty(0))
 
 
 def _read_npz(path: Path, wanted: Collection[str] | None) -> list[tuple[str, np.ndarray]]:
@@ -89,8 +93,9 @@ def _read_npz(path: Path, wanted: Collection[str] | None) -> list[tuple[str, np.
             return [
                 (key, file[key] if key.startswith(METADATA) or _is_wanted(key, wanted) else np.empty(0)) for key in file.files
             ]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # what is damaged where decides what zipfile, zlib or NumPy says
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise DydiffError(
-            f"{str(path)!r} cannot be read as a NumPy archive of plain arrays ({error}). Write it with numpy.savez, "
+            f"{str(path)!r} cannot be read as a NumPy archive of plain arrays ({reason}). Write it with numpy.savez, "
             "without object arrays, or get it again."
         ) from error

@@ -48,7 +48,7 @@ def read_dataset(
     """Read a dataset as `load_dataset` does, unchecked; `wanted` names the arrays to read from a file (None: all)."""
     text = str(name_or_path)
     if Path(text).suffix.lower() in SUFFIXES:
-        path = Path(text).expanduser()
+        path = Path(os.path.expanduser(text))  # unlike Path's, it takes any name
         # The suffix stays in the name, so that a file can never pass for the D4RL dataset that it may be named after.
         return RawDataset(path.name, path, *read_file(path, wanted))
     if download is None:

@@ -22,15 +22,17 @@ from dydiff.kernels import reference
 class FastMode:
     """How many network evaluations a rollout spends in fast mode, instead of 2 num_steps - 1 in each iteration.
 
-    The first iteration starts from pure noise, later ones from the current guess with noise of level `warm_sigma` on it.
+    The first iteration starts from pure noise, later ones from the current guess with noise of level `warm_sigma` on it. The
+    defaults are the fewest evaluations whose rollout error is within 3 % of the best of a grid of settings, on the quickstart's
+    models (benchmarks/results/sampler-quality-quickstart.json); `dydiff sampler-quality` measures it on others.
 
     Raises:
         DydiffError: fewer than 2 evaluations, or a warm start without noise.
     """
 
-    first_evaluations: int = 20
+    first_evaluations: int = 8
     warm_sigma: float = 0.8
-    warm_evaluations: int = 7
+    warm_evaluations: int = 3
 
     def __post_init__(self):
         if min(self.first_evaluations, self.warm_evaluations) < 2:

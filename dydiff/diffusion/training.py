@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,8 @@ from dydiff.data import Windows
 from dydiff.device import has_fast_bf16
 from dydiff.diffusion.edm import Denoiser, draw_sigma, edm_loss
 from dydiff.diffusion.update import Update
-from dydiff.errors import DydiffError
+from dydiff.errors import DydiffError, NotFinite
+from dydiff.finite import find_not_finite
 from dydiff.networks.training_unet import TrainingUNet
 from dydiff.networks.unet import UNet
 
@@ -31,7 +33,8 @@ class DiffusionTrainer:
     manifest that is stored beside the weights, every `snapshot_ticks` ticks (0: only at the end).
 
     Raises:
-        DydiffError: the precision does not suit the network; the loss is no longer finite (names the number of samples seen).
+        DydiffError: the precision does not suit the network.
+        NotFinite: from `run_epoch`, a loss or a weight is not finite (names the number of samples seen, and the tensor).
     """
 
     def __init__(
@@ -89,20 +92,27 @@ class DiffusionTrainer:
     def run_epoch(self) -> dict[str, float]:
         """Train for one tick; returns its mean loss per element, the learning rate and the samples seen."""
         end = min((self.epoch + 1) * self.tick, self.duration)
-        total = torch.zeros((), device=self.windows.device)
-        batches = 0
-        while self.seen < end:
-            total += self._step()
-            batches += 1
+        first = self.seen
+        batches = max(math.ceil((end - first) / self.batch_size), 0)
+        losses = torch.empty(batches, device=self.windows.device)
+        for batch in range(batches):
+            losses[batch] = self._step()
             self.on_batch(self.batch_size)
         self.epoch += 1
-        loss = float(total) / max(batches, 1)
-        if not torch.isfinite(total):
-            raise DydiffError(
-                f"The diffusion loss is {loss} after {self.seen:,} samples. Lower --lr, or check the dataset for outliers; the "
-                "last saved state of the run is from before this."
-            )
+        self._check(losses, first)
+        loss = float(losses.sum()) / max(batches, 1)
         return {"loss": loss, "lr": self.update.adam.param_groups[0]["lr"], "kimg": self.seen / 1000}
+
+    def _check(self, losses: torch.Tensor, first: int) -> None:
+        """One look at the device a tick: every batch's loss, beginning after `first` samples, and the weights they led to."""
+        weight = find_not_finite(self.denoiser.state_dict())
+        wrong = losses.isfinite().logical_not().nonzero().flatten().tolist()
+        if not wrong and not weight:
+            return
+        what = f"The diffusion loss is {float(losses[wrong[0]])}" if wrong else "The diffusion model's weights are not finite"
+        samples = first + (wrong[0] + 1) * self.batch_size if wrong else self.seen
+        culprit = f"first in the tensor '{weight}'" if weight else "the weights are still finite"
+        raise NotFinite(f"{what} after {samples:,} samples ({culprit}). Lower --lr, or check the dataset for outliers.")
 
     def _step(self) -> torch.Tensor:
         """One batch; returns the mean loss per element without waiting for the device."""
@@ -154,6 +164,11 @@ class DiffusionTrainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["seen"] >= self.duration:
+            raise DydiffError(
+                f"The saved training has seen {state['seen']} windows, and {self.duration} were asked for. Resume it with a longer "
+                "--duration."
+            )
         self.epoch, self.seen = state["epoch"], state["seen"]
         self.denoiser.load_state_dict(state["denoiser"])
         self.ema.load_state_dict(state["ema"])

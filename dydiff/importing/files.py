@@ -35,7 +35,7 @@ def read_file(path: Path) -> bytes:
     """The bytes of a file; DydiffError where it cannot be read."""
     try:
         return Path(path).read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a name with a NUL in it
         raise DydiffError(f"Cannot read '{path}': {error}. Correct the path.") from error
 
 

@@ -1,0 +1,196 @@
+"""Runs that come to grief: what they say, what is saved from before, and where they go on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from conftest import check_refusal
+
+from dydiff.agents import TD3BC
+from dydiff.checkpoint import load_checkpoint, save_checkpoint
+from dydiff.finite import find_not_finite
+from dydiff.fit import Fit
+from dydiff.models import DIFFUSION, DYNAMICS, REWARD
+from dydiff.runs import read_log, read_run
+
+CPU = "--device=cpu"
+
+
+def only_run(root: Path) -> Path:
+    (run,) = (folder for folder in root.iterdir() if folder.is_dir())
+    return run
+
+
+def check_saved(run: Path, epoch: int) -> None:
+    """The run has failed, and its state is that of an epoch, all of it finite."""
+    state, manifest = load_checkpoint(run / "state.safetensors", "training state")
+    assert manifest["epoch"] == epoch and read_run(run)["status"] == "failed"
+    learnt = state["stage"].get("agent") or state["stage"]["model"]
+    assert find_not_finite(learnt) is None
+
+
+def spoil_update(monkeypatch, number: int) -> None:
+    """A policy whose weights hold a NaN once it has been updated so often."""
+    update = TD3BC.apply_update
+
+    def spoilt_update(self, batch, noise, variant):
+        if self.step == number:
+            with torch.no_grad():
+                self.critics.parameters().__next__().fill_(torch.nan)
+        return update(self, batch, noise, variant)
+
+    monkeypatch.setattr(TD3BC, "apply_update", spoilt_update)
+
+
+def test_nan_in_a_policys_update_is_told_with_update_and_tensor(run_stage, dataset, tmp_path, monkeypatch):
+    spoil_update(monkeypatch, 18)  # epoch 5 of 4 updates an epoch; states are saved every 3 epochs
+    outcome = run_stage("td3_bc", dataset, CPU, "--set=rl_trainer_params.real_ratio=1")
+    run = only_run(tmp_path / "runs")
+    told = "diverged in update 18 (epoch 5)", "train/critic_loss", "tensor 'policy.", "The state after epoch 3", str(run)
+    check_refusal(outcome, *told)
+    check_saved(run, epoch=3)
+    assert [line["epoch"] for line in read_log(run)] == [1, 2, 3, 4]
+
+
+def test_learning_rates_that_diverge_in_the_first_epoch_leave_the_initial_state(run_stage, dataset, tmp_path):
+    settings = ["--set=rl_trainer_params.real_ratio=1", "--set=td3_bc_params.qf_lr=1e30"]
+    check_refusal(run_stage("td3_bc", dataset, CPU, *settings), "(epoch 1)", "Lower the learning rates", "after epoch 0")
+    check_saved(only_run(tmp_path / "runs"), epoch=0)
+
+
+def test_nan_in_the_loss_of_a_one_step_model(run_stage, dataset, tmp_path):
+    outcome = run_stage("reward", dataset, CPU, "--set=model_params.lr=1e30")
+    check_refusal(outcome, "RewardModel is not finite at step", "weights diverged", "The state after epoch 0")
+    check_saved(only_run(tmp_path / "runs"), epoch=0)
+
+
+def test_nan_in_the_loss_of_the_diffusion_model(train, dataset, tmp_path):
+    outcome = train(dataset, "--lr=1e30", "--ramp=0.000001")
+    check_refusal(outcome, "The diffusion loss is", "samples (", "Lower --lr", "The state after epoch 0")
+    run = only_run(tmp_path / "runs")
+    assert find_not_finite(load_checkpoint(run / "state.safetensors", "training state")[0]["stage"]["denoiser"]) is None
+
+
+@pytest.fixture
+def models(trained, tmp_path) -> dict[str, Path]:
+    """Copies of the trained models that a test may damage."""
+    root = Path(shutil.copytree(trained, tmp_path / "trained"))
+    return {read_run(file.parent)["kind"]: file for file in root.glob("*/model.safetensors")}
+
+
+def use(models: dict[str, Path]) -> list[str]:
+    return [
+        f"--set=diff_model_params.model_paths={models[DIFFUSION]}",
+        f"--set=dyn_model_params.load_path={models[DYNAMICS]}",
+        f"--set=model_params.load_path={models[REWARD]}",
+    ]
+
+
+def rewrite(file: Path, kind: str, change) -> None:
+    """Pass the tensors and the manifest of a checkpoint through `change`."""
+    tree, manifest = load_checkpoint(file, kind)
+    change(tree, manifest)
+    save_checkpoint(file, kind, tree, {key: value for key, value in manifest.items() if key not in ("format", "kind", "dydiff")})
+
+
+def test_nan_in_a_rollout_is_told_with_tensor_and_place(run_stage, dataset, models, tmp_path):
+    def enlarge(tree: dict, manifest: dict) -> None:
+        for name, tensor in tree.items():
+            if name.endswith("weight"):
+                tensor.mul_(1e30)
+
+    rewrite(models[DYNAMICS], DYNAMICS, enlarge)
+    outcome = run_stage("td3_bc", dataset, CPU, *use(models))
+    check_refusal(outcome, "The rollout of epoch 1", "in its observation, first in rollout 0, step 1", "The state after epoch 0")
+    check_saved(only_run(tmp_path / "runs"), epoch=0)
+
+
+def test_models_with_nan_other_scaling_or_torn_manifests_are_refused(run_stage, dataset, models):
+    def spoil(tree: dict, manifest: dict) -> None:
+        tree[next(name for name in tree if name.endswith("bias"))].view(-1)[0] = torch.nan
+
+    def rescale(tree: dict, manifest: dict) -> None:
+        manifest["scaling"]["std"][1] *= 1.5
+
+    def widen(tree: dict, manifest: dict) -> None:
+        manifest["model"]["hidden_dims"] = [9]
+
+    def misname(tree: dict, manifest: dict) -> None:
+        manifest["model"]["hiden_dims"] = manifest["model"].pop("hidden_dims")
+
+    def shift(tree: dict, manifest: dict) -> None:
+        tree["limits"]["maximum"][0] += 1
+
+    whole = {kind: file.read_bytes() for kind, file in models.items()}
+    for kind, change, *told in (
+        (DYNAMICS, spoil, "NaN", "bias"),
+        (REWARD, spoil, "NaN", "bias"),
+        (DYNAMICS, rescale, "scales by another std", "Train one with this run's dataset"),
+        (REWARD, rescale, "scales by another std"),
+        (REWARD, widen, "does not fit its own manifest"),
+        (DYNAMICS, misname, "does not fit its own manifest", "hiden_dims"),
+        (DIFFUSION, shift, "scales by another maximum"),
+    ):
+        rewrite(models[kind], kind, change)
+        check_refusal(run_stage("td3_bc", dataset, CPU, *use(models)), str(models[kind]), *told)
+        models[kind].write_bytes(whole[kind])
+
+
+def test_models_that_are_replaced_between_start_and_resume(run_stage, dataset, models, tmp_path, monkeypatch):
+    spoil_update(monkeypatch, 18)
+    assert run_stage("td3_bc", dataset, CPU, *use(models)).status == 1
+    monkeypatch.setattr(TD3BC, "apply_update", TD3BC.apply_update)
+    whole = models[REWARD].read_bytes()
+    rewrite(models[REWARD], REWARD, lambda tree, manifest: next(iter(tree.values())).add_(0.1))
+    outcome = run_stage("td3_bc", dataset, CPU, *use(models), "--resume")
+    check_refusal(outcome, "began with another model", str(models[REWARD]), "Put the old file back")
+    models[REWARD].write_bytes(whole)
+    check_refusal(run_stage("td3_bc", dataset, CPU, *use(models), "--resume"), "diverged in update 18")
+
+
+def test_out_of_memory_in_an_epoch_says_where_to_go_on(run_stage, dataset, tmp_path, monkeypatch):
+    run_epoch = Fit.run_epoch
+
+    def hungry(self):
+        if self.epoch == 3:
+            torch.empty(2**50)
+        return run_epoch(self)
+
+    monkeypatch.setattr(Fit, "run_epoch", hungry)
+    outcome = run_stage("reward", dataset, CPU)
+    run = only_run(tmp_path / "runs")
+    check_refusal(outcome, "Out of memory in epoch 4", "The state after epoch 3", str(run), "--resume", "smaller batches")
+    check_saved(run, epoch=3)
+
+
+def test_a_resumed_progress_bar_begins_where_the_run_does(run_stage, dataset, monkeypatch):
+    run_epoch = Fit.run_epoch
+
+    def interrupted(self):
+        if self.epoch == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return run_epoch(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Fit, "run_epoch", interrupted)
+        check_refusal(run_stage("reward", dataset, CPU), "Stopped by signal 15 after epoch 4; the state is saved")
+    outcome = run_stage("reward", dataset, CPU, "--resume")
+    assert outcome.status == 0 and "| 4/10 [" in outcome.errors.split("\r")[1]
+
+
+def test_every_checkpoint_tells_its_origin(run_stage, dataset, models, tmp_path):
+    assert run_stage("td3_bc", dataset, CPU, *use(models)).status == 0
+    run = only_run(tmp_path / "runs")
+    for file in run.glob("agent*.safetensors"):
+        manifest = load_checkpoint(file, "policy")[1]
+        assert manifest["dataset"] == dataset and len(manifest["fingerprint"]) == 64 and manifest["dydiff"]
+        assert manifest["settings"]["constants"]["rl_trainer_params"]["num_epochs"] == tiny.POLICY["num_epochs"]
+        assert {path: len(digest) for path, digest in manifest["model_digests"].items()} == dict.fromkeys(
+            (str(file.resolve()) for file in models.values()), 64
+        )

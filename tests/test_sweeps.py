@@ -1,0 +1,80 @@
+"""Sweeps over variants in worker processes, which neither stop nor go wrong silently."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import check_refusal
+
+from dydiff import workers
+from dydiff.runs import read_run
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def processes(monkeypatch) -> list[tuple[subprocess.Popen, int]]:
+    """The worker processes that a sweep starts, each with the number of those that ran beside it at its start."""
+    started: list[tuple[subprocess.Popen, int]] = []
+
+    class Recorded(subprocess.Popen):
+        def __init__(self, command, stdout, stderr, env, start_new_session):
+            beside = sum(process.poll() is None for process, _ in started)
+            super().__init__(command, stdout=stdout, stderr=stderr, env=env, start_new_session=start_new_session)
+            started.append((self, beside))
+
+    monkeypatch.setattr(workers.subprocess, "Popen", Recorded)
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    return started
+
+
+def test_sweep_with_a_failing_variant(run_stage, dataset, tmp_path, processes):
+    variables = {"model_params.lr": [1e-3, 1e30, 2e-3]}
+    options = ["--device=cpu", "--set=meta_data.num_workers=2"]
+    outcome = run_stage("reward", dataset, *options, variables=variables)
+    check_refusal(outcome, "1 of 3 variants failed", "lr=1e_30-s0/output.log", "--resume")
+    runs = sorted((tmp_path / "runs").iterdir())
+    assert [read_run(run)["status"] for run in runs] == ["finished", "failed", "finished"]
+    assert [(run / "model.safetensors").exists() for run in runs] == [True, False, True]
+    assert "error: " in (runs[1] / "output.log").read_text()
+    besides = [beside for _, beside in processes]  # how many ran when each started; both of the first may end within one look
+    assert besides[:2] == [0, 1] and max(besides) == 1, "variants did not run two at a time"
+
+    # Resuming runs only what is not finished, and in its folder.
+    outcome = run_stage("reward", dataset, *options, "--resume", variables=variables)
+    check_refusal(outcome)
+    assert outcome.output.count("Already finished") == 2 and sorted((tmp_path / "runs").iterdir()) == runs
+    assert len(processes) == 3, "a finished variant ran again"
+    assert not list(tmp_path.glob("**/*.part"))
+
+
+def test_sweep_passes_a_signal_on_and_waits(run_stage, dataset, tmp_path, processes):
+    def interrupt_when_training(seconds: float) -> None:
+        """Stand in for the pause between looks at the workers."""
+        time.sleep(0.02)
+        logs = list((tmp_path / "runs").glob("*/log.jsonl"))
+        if len(logs) == 2 and all(log.stat().st_size for log in logs):
+            # A terminal's Ctrl-C reaches every process of its session; a worker's second signal would cut its saving short.
+            assert all(os.getsid(process.pid) == process.pid for process, _ in processes)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    variables = {"seed": [1, 2]}
+    options = [
+        "--device=cpu",
+        "--set=meta_data.num_workers=2",
+        "--set=model_params.max_epochs=100000",
+        "--set=model_params.patience=100000",
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "time", SimpleNamespace(sleep=interrupt_when_training))
+        outcome = run_stage("reward", dataset, *options, variables=variables)
+    check_refusal(outcome, "Stopped by signal 15", "--resume")
+    assert [process.poll() for process, _ in processes] == [1, 1]
+    for run in (tmp_path / "runs").iterdir():
+        assert read_run(run)["status"] == "interrupted" and (run / "state.safetensors").exists()
