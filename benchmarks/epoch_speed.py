@@ -23,24 +23,22 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from harness import (
-    BenchmarkError,
     Case,
     Patience,
+    Session,
     Variant,
-    append_lines,
-    describe_machine,
-    make_lines,
-    measure_matrix_rate,
-    race,
+    add_network_options,
+    insist_on_known,
+    make_parser,
+    parse_words,
+    run_benchmark,
 )
-from results import draw, show_seconds, table_header, table_rows
-from rollout_speed import FULL_SIZE
+from results import show_seconds
 from torch import Tensor
 from update_baselines import TD3BC as PublishedTD3BC
 from update_baselines import Replay, sample_published
@@ -48,9 +46,7 @@ from updates_speed import ACTION_DIM, BATCH, NUM_REAL, OBSERVATION_DIM, REAL_RAT
 from workload import NUM_STEPS, Ours, Published, Shape, Workload
 
 from dydiff.agents import AGENTS
-from dydiff.device import find_device
 from dydiff.environments import EnvironmentSpec, environment_spec
-from dydiff.errors import DydiffError
 from dydiff.evaluate import Evaluator, episode_seed
 from dydiff.evaluation_worker import EvaluationWorker, PolicyEvaluator, describe_evaluation
 from dydiff.filters import keep_mask
@@ -210,9 +206,19 @@ def make_epoch_case(variants: Sequence[str], work: Workload, steps: int) -> tupl
     return Case("epoch", work.shape.batch, work.shape.horizon, made, note), runners
 
 
-def run_case(name: str, options: argparse.Namespace, rates: dict[str, float]) -> list[dict[str, Any]]:
-    """Check and measure one case: prints it, appends it to --json, and returns its records."""
+def measure(session: Session) -> None:
+    """Check and measure all cases."""
+    options = session.options
+    options.starts = options.starts or (4 if options.quick else 2048 if options.device.startswith("cuda") else 16)
+    options.evaluation_steps = options.evaluation_steps or (1000 if options.quick else 5000)
+    for name in options.cases:
+        run_case(name, session)
+
+
+def run_case(name: str, session: Session) -> None:
+    """Check and measure one case, and show where an epoch's time went."""
     torch.compiler.reset()
+    options = session.options
     runners: dict[str, Any] = {}
     if name == "evaluation":
         case = make_evaluation_case(100 if options.quick else 1000)
@@ -220,70 +226,32 @@ def run_case(name: str, options: argparse.Namespace, rates: dict[str, float]) ->
         shape = Shape(options.starts, options.horizon, options.dim, tuple(options.dim_mults))
         work = Workload(shape, options.device, num_steps=options.num_steps)
         case, runners = make_epoch_case(options.variants, work, options.evaluation_steps)
-    for dtype in {variant.dtype for variant in case.variants} - rates.keys():
-        rates[dtype] = measure_matrix_rate(dtype, options.device)
-    seconds = options.seconds or (2.0 if options.quick else 10.0)
-    measurements = race(case, Patience(seconds, least=1 if options.quick else 3, warm_up=True, reuse=options.quick))
-    lines = make_lines(case, measurements, describe_machine(options.device), rates, {})
-    print(table_rows(lines), flush=True)
-    for line in lines:
-        parts = runners[line["variant"]].parts if runners else {}
-        line |= {f"{part}_s": seconds / EPOCHS for part, seconds in parts.items()}
-        if parts:
-            shown = ", ".join(f"{part} {show_seconds(seconds / EPOCHS)}" for part, seconds in parts.items())
-            print(f"    {line['variant']}, the last call, an epoch: {shown}", flush=True)
-    if options.json:
-        append_lines(options.json, lines)
-    return lines
+    patience = Patience(options.seconds, least=1 if options.quick else 3, warm_up=True, reuse=options.quick)
+    measurements = session.race(case, patience)
+    parts = {label: {part: s / EPOCHS for part, s in runner.parts.items()} for label, runner in runners.items()}
+    session.record(case, measurements, extra={label: {f"{part}_s": s for part, s in of.items()} for label, of in parts.items()})
+    for label, seconds in parts.items():
+        shown = ", ".join(f"{part} {show_seconds(s)}" for part, s in seconds.items())
+        print(f"    {label}, the last call, an epoch: {shown}", flush=True)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    def integers(text: str) -> list[int]:
-        return [int(word) for word in text.split(",")]
-
-    def words(text: str) -> list[str]:
-        return text.split(",")
-
-    description, _, details = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description, epilog=details, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="four starts, short evaluations, one repetition")
-    parser.add_argument("--cases", type=words, default=list(CASES), help=f"some of {','.join(CASES)}")
-    parser.add_argument("--variants", type=words, default=list(VARIANTS), help=f"of epoch, some of {','.join(VARIANTS)}")
-    parser.add_argument("--device", default="auto", help="cpu, cuda:0, ...; auto takes a GPU if there is one")
+    parser = make_parser(__doc__, quick="four starts, short evaluations, one repetition")
+    parser.add_argument("--cases", type=parse_words, default=list(CASES), help=f"some of {','.join(CASES)}")
+    parser.add_argument("--variants", type=parse_words, default=list(VARIANTS), help=f"of epoch, some of {','.join(VARIANTS)}")
     parser.add_argument("--starts", type=int, help="start states of a rollout (default: 16 on a CPU, 2048 on a GPU; --quick: 4)")
     parser.add_argument("--horizon", type=int, default=100, help="rows of a rollout")
     parser.add_argument("--num-steps", type=int, default=NUM_STEPS, help="noise levels of the sampler")
     parser.add_argument("--evaluation-steps", type=int, help="environment steps of an evaluation (default: 5000, --quick: 1000)")
-    parser.add_argument("--seconds", type=float, help="how long to time each variant of a case (default: 10, --quick: 2)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON object a line")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the times")
-    parser.add_argument("--dim", type=int, default=FULL_SIZE[0], help="width of the network; a small one to try things out")
-    parser.add_argument("--dim-mults", type=integers, default=list(FULL_SIZE[1]), help="widths by level, times dim")
+    add_network_options(parser)
     options = parser.parse_args(arguments)
-    for given, known in ((options.cases, CASES), (options.variants, VARIANTS)):
-        if unknown := set(given) - set(known):
-            parser.error(f"unknown {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    insist_on_known(parser, options.cases, CASES)
+    insist_on_known(parser, options.variants, VARIANTS)
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse_arguments(arguments)
-    try:
-        options.device = find_device(options.device)
-        options.starts = options.starts or (4 if options.quick else 2048 if options.device.startswith("cuda") else 16)
-        options.evaluation_steps = options.evaluation_steps or (1000 if options.quick else 5000)
-        print(", ".join(f"{name} {value}" for name, value in describe_machine(options.device).items()))
-        print(table_header())
-        rates: dict[str, float] = {}
-        records = [line for name in options.cases for line in run_case(name, options, rates)]
-        if options.plot:
-            draw(records, options.plot)
-    except (BenchmarkError, DydiffError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_benchmark(parse_arguments(arguments), measure)
 
 
 if __name__ == "__main__":

@@ -7,25 +7,29 @@ variants in turn, so that a change of the machine's speed meets all of them. Spe
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
-import platform
 import statistics
-import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from machine import describe_machine
+from results import draw, table_header, table_rows
 from torch import Tensor
+
+from dydiff.device import find_device
+from dydiff.errors import DydiffError
 
 # Largest relative error (2-norm) against the trusted output. "tf32": float32 with PyTorch's default TF32 convolutions.
 LIMITS = {"float64": 1e-6, "float32": 1e-3, "tf32": 2e-2, "bfloat16": 2e-2, "float16": 2e-2}
 BASELINE = "published"  # speed-ups are over this variant of the same case
-CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "avx_vnni")
+FULL_SIZE = 128, (1, 4, 8)  # dim and dim_mults of the U-Net
 
 
 class BenchmarkError(Exception):
@@ -175,22 +179,6 @@ def measure_matrix_rate(dtype: str, device: str, size: int | None = None, second
     return 2 * size**3 / statistics.median(samples)
 
 
-def describe_machine(device: str) -> dict[str, Any]:
-    """Where and with what the numbers were measured, for every line of the results."""
-    machine: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else _cpu_model(),
-        "cpu": _cpu_model(),
-        "cpu_flags": _cpu_flags(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "commit": _commit(),
-    }
-    if device.startswith("cuda"):
-        machine |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "driver": _driver()}
-    return machine
-
-
 def make_lines(
     case: Case,
     measurements: Sequence[Measurement],
@@ -232,41 +220,86 @@ def append_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
         file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
-def _cpu_model() -> str:
-    return _cpu_field("model name") or platform.processor() or platform.machine()
+def parse_words(text: str) -> list[str]:
+    """A comma-separated list, for argparse."""
+    return text.split(",")
 
 
-def _cpu_flags() -> list[str]:
-    present = _cpu_field("flags").split()
-    return [flag for flag in CPU_FLAGS if flag in present]
+def parse_integers(text: str) -> list[int]:
+    """The same of integers."""
+    return [int(word) for word in text.split(",")]
 
 
-def _cpu_field(name: str) -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == name), "")
+def make_parser(documentation: str, quick: str) -> argparse.ArgumentParser:
+    """A parser with the options that every timing benchmark has; `quick` says what --quick changes."""
+    description, _, details = documentation.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=description, epilog=details, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--device", default="auto", help="cpu, cuda:0, ...; auto takes a GPU if there is one")
+    parser.add_argument("--seconds", type=float, help="how long to time each variant of a case (default: 10, --quick: 2)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON object a line")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw times and shares of the matrix rate")
+    return parser
 
 
-def _version(package: str) -> str | None:
+def add_network_options(parser: argparse.ArgumentParser) -> None:
+    """The U-Net's size."""
+    parser.add_argument("--dim", type=int, default=FULL_SIZE[0], help="width of the network; a small one to try things out")
+    parser.add_argument("--dim-mults", type=parse_integers, default=list(FULL_SIZE[1]), help="widths by level, times dim")
+
+
+def insist_on_known(parser: argparse.ArgumentParser, given: Sequence[str], known: Sequence[str]) -> None:
+    """End the program with a message if a case or variant that was asked for does not exist."""
+    if unknown := set(given) - set(known):
+        parser.error(f"unknown {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+
+
+class Session:
+    """One run of a benchmark: what its cases share, and the records so far. Needs the options of `make_parser`."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.machine = describe_machine(options.device)
+        self.rates: dict[str, float] = {}  # FLOP/s of large matrix products by dtype, measured when first needed
+        self.records: list[dict[str, Any]] = []
+
+    def race(self, case: Case, patience: Patience) -> list[Measurement]:
+        """`race`, after measuring the matrix rates that the case's figures are compared with."""
+        for dtype in sorted({variant.dtype for variant in case.variants} - self.rates.keys()):
+            self.rates[dtype] = measure_matrix_rate(dtype, self.options.device)
+        return race(case, patience)
+
+    def record(
+        self,
+        case: Case,
+        measurements: Sequence[Measurement],
+        peaks: dict[str, int | None] | None = None,
+        extra: dict[str, dict[str, Any]] | None = None,
+    ) -> None:
+        """Print a case's lines, and append them to --json with what is `extra` to know of each variant."""
+        lines = make_lines(case, measurements, self.machine, self.rates, peaks or {})
+        print(table_rows(lines), flush=True)
+        lines = [line | (extra or {}).get(line["variant"], {}) for line in lines]
+        if self.options.json:
+            append_lines(self.options.json, lines)
+        self.records += lines
+
+
+def run_benchmark(options: argparse.Namespace, measure: Callable[[Session], None]) -> int:
+    """Find the device, let `measure` measure, show what it found; returns the exit status."""
     try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """The checked-out commit, with a + if files differ from it."""
-    commit = _output_of("git", "rev-parse", "--short=12", "HEAD")
-    return commit and commit + ("+" if _output_of("git", "status", "--porcelain") else "")
-
-
-def _driver() -> str | None:
-    return _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-
-
-def _output_of(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+        options.device = find_device(options.device)
+        options.seconds = options.seconds or (2.0 if options.quick else 10.0)
+        session = Session(options)
+        print(", ".join(f"{name} {value}" for name, value in session.machine.items()))
+        print(table_header())
+        measure(session)
+        print("Large matrix products: " + ", ".join(f"{dtype} {rate / 1e12:.3g} TFLOP/s" for dtype, rate in session.rates.items()))
+        if options.plot:
+            draw(session.records, options.plot)
+    except (BenchmarkError, DydiffError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0

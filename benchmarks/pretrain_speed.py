@@ -28,8 +28,6 @@ import contextlib
 import copy
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -38,29 +36,26 @@ from harness import (
     BenchmarkError,
     Case,
     Patience,
+    Session,
     Variant,
-    append_lines,
+    add_network_options,
     check_output,
-    describe_machine,
-    make_lines,
-    measure_matrix_rate,
-    race,
+    make_parser,
+    parse_integers,
+    parse_words,
+    run_benchmark,
     time_call,
 )
-from results import draw, table_header, table_rows
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dydiff.data import Dataset, Limits, Windows
-from dydiff.device import find_device
 from dydiff.diffusion.edm import Denoiser, draw_sigma, edm_loss
 from dydiff.diffusion.training import DiffusionTrainer
-from dydiff.errors import DydiffError
 from dydiff.networks.unet import UNet
 
 OBSERVATION_DIM, ACTION_DIM = 11, 3  # hopper
 DATA_DIM = OBSERVATION_DIM + ACTION_DIM
-FULL_SIZE = 128, (1, 4, 8)
 ROWS, EPISODE = 5000, 1000
 LR, RAMP_SAMPLES, HALF_LIFE, SEED = 1e-3, 10e6, 0.5e6, 0
 TOLERANCE = 2.0  # times the harness's limits, which are for one pass through the network: a gradient takes two
@@ -255,9 +250,17 @@ def with_gradients(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return torch.enable_grad()(function)
 
 
-def run_shape(batch: int, horizon: int, options: argparse.Namespace, rates: dict[str, float]) -> list[dict[str, Any]]:
-    """Check and measure one shape: prints it, appends it to --json, and returns its records. `rates` by dtype grows."""
+def measure(session: Session) -> None:
+    """Check and measure all shapes."""
+    for horizon in session.options.horizon:
+        for batch in session.options.batch:
+            run_shape(batch, horizon, session)
+
+
+def run_shape(batch: int, horizon: int, session: Session) -> None:
+    """Check and measure one shape."""
     torch.compiler.reset()
+    options = session.options
     work = Workload(batch, horizon, options.dim, options.dim_mults, options.device)
     with FlopCounterMode(display=False) as counter:
         expected = named_gradient(work.network, work)
@@ -269,62 +272,24 @@ def run_shape(batch: int, horizon: int, options: argparse.Namespace, rates: dict
         errors[name] = check_output(variant, runner.gradient(), expected, TOLERANCE)
         variants.append(variant)
     del expected
-    for dtype in sorted({variant.dtype for variant in variants} - rates.keys()):
-        rates[dtype] = measure_matrix_rate(dtype, options.device)
     case = Case("pretrain", batch, horizon, variants, tolerance=TOLERANCE)
-    seconds = options.seconds or (2.0 if options.quick else 10.0)
-    measurements = race(case, Patience(seconds, least=3, warm_up=True))
+    measurements = session.race(case, Patience(options.seconds, least=3, warm_up=True))
     for measurement in measurements:
         measurement.error = errors[measurement.variant.name]
-    lines = make_lines(case, measurements, describe_machine(options.device), rates, {})
-    print(table_rows(lines), flush=True)
-    if options.json:
-        append_lines(options.json, lines)
-    return lines
+    session.record(case, measurements)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    def integers(text: str) -> list[int]:
-        return [int(word) for word in text.split(",")]
-
-    def words(text: str) -> list[str]:
-        return text.split(",")
-
-    description, _, details = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description, epilog=details, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="few repetitions, nothing is compiled")
-    parser.add_argument("--batch", type=integers, default=[8], help="windows an update, such as 8,64")
-    parser.add_argument("--horizon", type=integers, default=[100], help="rows, such as 32,100")
-    parser.add_argument("--variants", type=words, help=f"some of {','.join(VARIANTS)}")
-    parser.add_argument("--device", default="auto", help="cpu, cuda:0, ...; auto takes a GPU if there is one")
-    parser.add_argument("--seconds", type=float, help="how long to time each variant (default: 10, --quick: 2)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON object a line")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw times and shares of the matrix rate")
-    parser.add_argument("--dim", type=int, default=FULL_SIZE[0], help="width of the network; a small one to try things out")
-    parser.add_argument("--dim-mults", type=integers, default=list(FULL_SIZE[1]), help="widths by level, times dim")
+    parser = make_parser(__doc__, quick="few repetitions, nothing is compiled")
+    parser.add_argument("--batch", type=parse_integers, default=[8], help="windows an update, such as 8,64")
+    parser.add_argument("--horizon", type=parse_integers, default=[100], help="rows, such as 32,100")
+    parser.add_argument("--variants", type=parse_words, help=f"some of {','.join(VARIANTS)}")
+    add_network_options(parser)
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse_arguments(arguments)
-    try:
-        options.device = find_device(options.device)
-        print(", ".join(f"{name} {value}" for name, value in describe_machine(options.device).items()))
-        print(table_header())
-        rates: dict[str, float] = {}
-        records = []
-        for horizon in options.horizon:
-            for batch in options.batch:
-                records += run_shape(batch, horizon, options, rates)
-        print("Large matrix products: " + ", ".join(f"{dtype} {rate / 1e12:.3g} TFLOP/s" for dtype, rate in rates.items()))
-        if options.plot:
-            draw(records, options.plot)
-    except (BenchmarkError, DydiffError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_benchmark(parse_arguments(arguments), measure)
 
 
 if __name__ == "__main__":

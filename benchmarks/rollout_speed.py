@@ -39,32 +39,31 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from harness import (
+    FULL_SIZE,
     BenchmarkError,
     Case,
     Measurement,
     Patience,
+    Session,
     Variant,
-    append_lines,
-    describe_machine,
-    make_lines,
-    measure_matrix_rate,
-    race,
+    add_network_options,
+    insist_on_known,
+    make_parser,
+    parse_integers,
+    parse_words,
+    run_benchmark,
 )
-from results import draw, table_header, table_rows
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from workload import NUM_STEPS, OURS, Ours, Runner, Shape, Workload, build_runner
 
-from dydiff.device import find_device
 from dydiff.diffusion.fast_sampler import FastMode
 from dydiff.errors import DydiffError
 
 CASES = ("evaluation", "start", "sampler", "rollout")
-FULL_SIZE = 128, (1, 4, 8)  # dim and dim_mults
 QUICK_STEPS = 5
 SKIPPED_IF_QUICK = ("extension", "compiled")  # on a CPU; they cost minutes, and stand near reference and stock
 
@@ -152,40 +151,35 @@ def fastest_backend(measurements: Sequence[Measurement]) -> str:
     return min(ours, key=lambda each: each.median).variant.name if ours else "auto"
 
 
-def run_shape(shape: Shape, options: argparse.Namespace, rates: dict[str, float]) -> list[dict[str, Any]]:
-    """Measure the cases of one shape: prints each, appends it to --json, and returns its records.
+def measure(session: Session) -> None:
+    """Measure the cases of all shapes."""
+    for shape in list_shapes(session.options):
+        run_shape(shape, session)
 
-    `rates` holds the measured matrix rates by dtype, and grows.
-    """
+
+def run_shape(shape: Shape, session: Session) -> None:
+    """Measure the cases of one shape."""
     torch.compiler.reset()  # or its limit on recompilations would send later shapes to eager
-    device = options.device
+    options, device = session.options, session.options.device
     shorten = options.quick and not device.startswith("cuda")
-    seconds = options.seconds or (2.0 if options.quick else 10.0)
-    thorough = Patience(seconds, least=1 if shorten else 3, warm_up=True)
+    thorough = Patience(options.seconds, least=1 if shorten else 3, warm_up=True)
     # On a CPU a second rollout is too dear to warm up, and the network's evaluation has done it.
     patience = thorough if device.startswith("cuda") else dataclasses.replace(thorough, warm_up=False, reuse=shorten)
     work = Workload(shape, device, sampler_steps=QUICK_STEPS if shorten else NUM_STEPS)
     runners = build_runners(options.variants, work, SKIPPED_IF_QUICK if shorten else ())
-    counts, machine, peaks, records = Counts(shape), describe_machine(device), {}, []
-    for dtype in sorted({runner.dtype for runner in runners.values()} - rates.keys()):
-        rates[dtype] = measure_matrix_rate(dtype, device)
+    counts, peaks = Counts(shape), {}
     for name in CASES:
         if name != "evaluation" and name not in options.cases:
             continue
         case = make_case(name, work, runners, counts)
-        measurements = race(case, thorough if name == "evaluation" else patience)
+        measurements = session.race(case, thorough if name == "evaluation" else patience)
         if name == "evaluation":
             if not options.variants or "fast" in options.variants:
                 runners["fast"] = build_runner(f"fast:{fastest_backend(measurements)}", work, FastMode())
             if not options.no_memory:
                 peaks = {label: measure_peak(label, runner, device) for label, runner in runners.items()}
         if name in options.cases:
-            lines = make_lines(case, measurements, machine, rates, peaks)
-            print(table_rows(lines), flush=True)
-            if options.json:
-                append_lines(options.json, lines)
-            records += lines
-    return records
+            session.record(case, measurements, peaks)
 
 
 def measure_peak(label: str, runner: Runner, device: str) -> int:
@@ -233,55 +227,25 @@ def list_shapes(options: argparse.Namespace) -> list[Shape]:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    def integers(text: str) -> list[int]:
-        return [int(word) for word in text.split(",")]
-
-    def words(text: str) -> list[str]:
-        return text.split(",")
-
-    description, _, details = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description, epilog=details, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="one shape and few repetitions")
-    parser.add_argument("--batch", type=integers, help="start states, such as 16,256,2048")
-    parser.add_argument("--horizon", type=integers, help="rows, such as 32,100,256")
-    parser.add_argument("--variants", type=words, help="such as published,bf16,fast (default: all that work here)")
-    parser.add_argument("--cases", type=words, default=list(CASES), help=f"some of {','.join(CASES)}")
-    parser.add_argument("--device", default="auto", help="cpu, cuda:0, ...; auto takes a GPU if there is one")
-    parser.add_argument("--seconds", type=float, help="how long to time each variant of a case (default: 10, --quick: 2)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON object a line")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw times and shares of the matrix rate")
+    parser = make_parser(__doc__, quick="one shape and few repetitions")
+    parser.add_argument("--batch", type=parse_integers, help="start states, such as 16,256,2048")
+    parser.add_argument("--horizon", type=parse_integers, help="rows, such as 32,100,256")
+    parser.add_argument("--variants", type=parse_words, help="such as published,bf16,fast (default: all that work here)")
+    parser.add_argument("--cases", type=parse_words, default=list(CASES), help=f"some of {','.join(CASES)}")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
-    parser.add_argument("--dim", type=int, default=FULL_SIZE[0], help="width of the network; a small one to try things out")
-    parser.add_argument("--dim-mults", type=integers, default=list(FULL_SIZE[1]), help="widths by level, times dim")
+    add_network_options(parser)
     parser.add_argument("--peak-memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if unknown := set(options.cases) - set(CASES):
-        parser.error(f"unknown case {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
+    insist_on_known(parser, options.cases, CASES)
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    try:
-        options.device = find_device(options.device)
-        shapes = list_shapes(options)
-        if options.peak_memory_of:
-            print(peak_memory(options.peak_memory_of, shapes[0], options.device))
-            return 0
-        machine = describe_machine(options.device)
-        print(", ".join(f"{name} {value}" for name, value in machine.items()))
-        print(table_header())
-        rates: dict[str, float] = {}
-        records = [line for shape in shapes for line in run_shape(shape, options, rates)]
-        print("Large matrix products: " + ", ".join(f"{dtype} {rate / 1e12:.3g} TFLOP/s" for dtype, rate in rates.items()))
-        if options.plot:
-            draw(records, options.plot)
-    except (BenchmarkError, DydiffError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    if options.peak_memory_of:  # in a process that `measure_peak` started
+        print(peak_memory(options.peak_memory_of, list_shapes(options)[0], options.device))
+        return 0
+    return run_benchmark(options, measure)
 
 
 if __name__ == "__main__":

@@ -20,23 +20,20 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from harness import (
     BenchmarkError,
     Case,
     Patience,
+    Session,
     Variant,
-    append_lines,
     check_output,
-    describe_machine,
-    make_lines,
-    measure_matrix_rate,
-    race,
+    insist_on_known,
+    make_parser,
+    parse_words,
+    run_benchmark,
 )
-from results import draw, table_header, table_rows
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from update_baselines import BASELINES, Replay, sample_published
@@ -44,8 +41,6 @@ from update_baselines import BASELINES, Replay, sample_published
 from dydiff.agents import AGENTS
 from dydiff.capture import can_compile
 from dydiff.data import Transitions
-from dydiff.device import find_device
-from dydiff.errors import DydiffError
 from dydiff.replay import ReplayBuffer, sample_mixed
 from dydiff.updates import Updates
 
@@ -178,23 +173,25 @@ def make_insert_case(variants: Sequence[str], device: str) -> Case:
     return Case("replay_insert", TRANSITIONS, 1, made, "1,228 x 99 transitions")
 
 
-def run_case(name: str, variants: Sequence[str], options: argparse.Namespace, rates: dict[str, float]) -> list[dict[str, Any]]:
-    """Check and measure one case: prints it, appends it to --json, and returns its records."""
+def measure(session: Session) -> None:
+    """Check and measure all cases."""
+    variants = find_variants(session.options)
+    for name in session.options.cases:
+        run_case(name, variants, session)
+
+
+def run_case(name: str, variants: Sequence[str], session: Session) -> None:
+    """Check and measure one case."""
     torch.compiler.reset()
     errors: dict[str, float] = {}
     if name == "replay_insert":
-        case = make_insert_case(variants, options.device)
+        case = make_insert_case(variants, session.options.device)
     else:
-        case, errors = make_update_case(name, variants, options.device)
-    seconds = options.seconds or (2.0 if options.quick else 10.0)
-    measurements = race(case, Patience(seconds, least=3, warm_up=True))
+        case, errors = make_update_case(name, variants, session.options.device)
+    measurements = session.race(case, Patience(session.options.seconds, least=3, warm_up=True))
     for measurement in measurements:
         measurement.error = errors.get(measurement.variant.name, measurement.error)
-    lines = make_lines(case, measurements, describe_machine(options.device), rates, {})
-    print(table_rows(lines), flush=True)
-    if options.json:
-        append_lines(options.json, lines)
-    return lines
+    session.record(case, measurements)
 
 
 def find_variants(options: argparse.Namespace) -> list[str]:
@@ -211,42 +208,16 @@ def find_variants(options: argparse.Namespace) -> list[str]:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    def words(text: str) -> list[str]:
-        return text.split(",")
-
-    description, _, details = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description, epilog=details, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="few repetitions")
-    parser.add_argument("--cases", type=words, default=list(CASES), help=f"some of {','.join(CASES)}")
-    parser.add_argument("--variants", type=words, help=f"some of {','.join(VARIANTS)} (default: all that work here)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda:0, ...; auto takes a GPU if there is one")
-    parser.add_argument("--seconds", type=float, help="how long to time each variant of a case (default: 10, --quick: 2)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON object a line")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw times and shares of the matrix rate")
+    parser = make_parser(__doc__, quick="few repetitions")
+    parser.add_argument("--cases", type=parse_words, default=list(CASES), help=f"some of {','.join(CASES)}")
+    parser.add_argument("--variants", type=parse_words, help=f"some of {','.join(VARIANTS)} (default: all that work here)")
     options = parser.parse_args(arguments)
-    if unknown := set(options.cases) - set(CASES):
-        parser.error(f"unknown case {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
+    insist_on_known(parser, options.cases, CASES)
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse_arguments(arguments)
-    try:
-        options.device = find_device(options.device)
-        variants = find_variants(options)
-        print(", ".join(f"{name} {value}" for name, value in describe_machine(options.device).items()))
-        print(table_header())
-        rates = {"float32": measure_matrix_rate("float32", options.device)}
-        records = [line for name in options.cases for line in run_case(name, variants, options, rates)]
-        print("Large matrix products: " + ", ".join(f"{dtype} {rate / 1e12:.3g} TFLOP/s" for dtype, rate in rates.items()))
-        if options.plot:
-            draw(records, options.plot)
-    except (BenchmarkError, DydiffError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_benchmark(parse_arguments(arguments), measure)
 
 
 if __name__ == "__main__":

@@ -254,8 +254,9 @@ def test_quality_command_measures_every_setting(command, dataset, trained, tmp_p
     record = json.loads((root / "sampler-quality" / "quality.json").read_text())
     lines = {line["setting"]: line for line in record["settings"]}
     fast = [f"fast {first} + 2 from {sigma}" for first in (4, 3) for sigma in (0.3, 1.5)]
-    assert list(lines) == ["single-step", "Heun 34", "Heun 18", "Heun 10", *fast]
-    assert [line["evaluations"] for line in lines.values()] == [0, 134, 70, 38, 6, 6, 5, 5]
+    heun = ["Heun 34", "Heun 34, inpaint_churn", "Heun 34, S_churn 0", "Heun 18", "Heun 10"]
+    assert list(lines) == ["single-step", *heun, *fast]
+    assert [line["evaluations"] for line in lines.values()] == [0, 134, 134, 134, 70, 38, 6, 6, 5, 5]
     assert all(name in outcome.output for name in lines)
     for quantity in ("state", "position"):
         errors = [line["error"][quantity]["mean"] for line in lines.values()]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,13 @@ import tiny
 import torch
 
 from dydiff.collect import collect
-from dydiff.comparison import Comparison
-from dydiff.config import Constants, RLTrainerParams
-from dydiff.data import Limits, Spaces, ZScore
+from dydiff.config import Constants, KeepCondition, RLTrainerParams, TD3BCParams
+from dydiff.data import Limits, Spaces, ZScore, load_dataset
+from dydiff.deviation import Comparison
 from dydiff.environments import environment_spec
-from dydiff.report import PolicyRun, format_table, group_runs
+from dydiff.policy_runs import PolicyRun, group_runs
+from dydiff.simulate import SimulatedTrajectories
+from dydiff.tables import format_table
 
 PNG = b"\x89PNG\r\n"
 
@@ -81,7 +84,10 @@ def test_environment_without_a_maze(command, train_policy, tmp_path):
     assert (root / "report" / "rollouts.png").read_bytes().startswith(PNG)
     assert list(record["rollout_error"]) == ["state"] and "position error" not in output
     assert record["alive"][0] == 6 and record["alive"] == sorted(record["alive"], reverse=True)
-    assert record["behaviour_return"] is None, "episodes that end early have no return per step"
+    data = load_dataset(dataset)
+    ends = np.flatnonzero(data.terminals | data.timeouts) + 1
+    episodes = np.split(data.rewards[: ends[-1]], ends[:-1])
+    assert record["behaviour_return"] == pytest.approx(np.mean([episode.sum() for episode in episodes]), rel=1e-5)
     assert record["scores"][0]["variant"] == "DyDiff + Diffusion-QL"
 
 
@@ -95,30 +101,71 @@ def test_errors(command, train_policy, trained, dataset, tmp_path):
 
 
 def test_known_errors_and_ended_episodes():
-    simulated = np.zeros((2, 3, 4), np.float32)
-    modelled = np.zeros((2, 3, 4), np.float32)
-    modelled[0, 1] = [3, 4, 0, 0]
-    modelled[1, 1:] = 100  # after this start's episode has ended
-    alive = np.array([[True, True, True], [True, False, False]])
+    def trajectories(reward: list, terminal: list) -> SimulatedTrajectories:
+        shape = (2, 3)
+        return SimulatedTrajectories(
+            np.zeros((*shape, 4), np.float32), np.zeros((*shape, 2), np.float32), np.array(reward, float), np.array(terminal, bool)
+        )
+
+    truth = trajectories([[1, 1, 1], [1, 1, 1]], [[0, 0, 0], [1, 0, 0]])
+    model = trajectories([[2, 1, 0], [1, 5, 5]], [[0, 0, 0], [0, 1, 0]])
+    model.observation[0, 1] = [3, 4, 0, 0]
+    model.observation[1, 1:] = 100  # after this start's episode has ended
     limits = Limits(-torch.ones(6), torch.ones(6))
     spaces = Spaces(limits, ZScore(torch.zeros(4), torch.tensor([1.0, 2.0, 1.0, 1.0])), -torch.ones(2), torch.ones(2))
-    errors = Comparison(simulated, alive, {"model": modelled}).errors(environment_spec("maze2d-umaze"), spaces)
+    comparison = Comparison(truth, {"model": model}, np.ones((2, 3), bool))
+    deviations = comparison.deviations(environment_spec("maze2d-umaze"), spaces)
+    errors = comparison.errors(deviations)
     assert errors["position"]["model"]["mean"] == [0, 5, 0]
     np.testing.assert_allclose(errors["state"]["model"]["mean"], [0, np.sqrt((3**2 + 2**2) / 4), 0], rtol=1e-6)
     assert errors["state"]["model"]["standard_error"] == [0, None, None]
+    averages = comparison.averages(deviations)
+    assert averages["position"]["model"].tolist() == [2.5, 0]  # the second start's episode has but its first row
+    assert averages["return"]["model"].tolist() == [0.5, 5]
+    assert errors["reward"]["model"]["mean"] == [0.5, 0, 1]  # while the simulator's episode goes on
+    # Sums of 1, 2, 3 and 2, 3, 3 at the first start; of 1, 1, 1 and 1, 6, 6 at the second, each up to its own end.
+    assert errors["return"]["model"]["mean"] == [0.5, 3, 2.5]
+    assert errors["ending"]["model"]["mean"] == [0, 0.5, 0]
+    assert comparison.endings() == {"model": {"differs": {"mean": 0.5, "standard_error": 0.5}, "later": comparison_mean(0.5, 0.5)}}
+    assert comparison.returns()["model"] == comparison_mean(2.5, 2.5)
+    masked = Comparison(truth, {"model": model}, np.array([[True, True, False], [True, True, True]]))
+    assert masked.errors(deviations)["return"]["model"]["mean"] == [0.5, 3, 5]
+    assert masked.returns()["model"] == comparison_mean(3, 2)
+
+
+def comparison_mean(mean: float, standard_error: float) -> dict[str, float]:
+    return {"mean": mean, "standard_error": standard_error}
+
+
+def make_run(folder: str, experiment: str, constants: Constants, variables: dict | None = None, simulator: str = "s") -> PolicyRun:
+    settings = {"experiment": experiment, "stage": "td3_bc", "variables": variables or {}, "constants": asdict(constants)}
+    return PolicyRun(Path(folder), settings, constants, simulator, [1], [1.0], 1, 0.0)
+
+
+def describe_run(seed: int, filter_type: str = "softmax", alpha: float = 2.5, ratio: float = 0.6) -> Constants:
+    trainer = RLTrainerParams(real_ratio=ratio, keep_condition=KeepCondition(filter_type))
+    return Constants("data", seed, rl_trainer_params=trainer, td3_bc_params=TD3BCParams(alpha=alpha))
+
+
+def names_of(*runs: PolicyRun) -> list[tuple[str, list[int]]]:
+    return [(variant.name, list(variant.runs)) for variant in group_runs(runs)]
 
 
 def test_variants_are_told_apart():
-    def run(folder: str, experiment: str, ratio: float, seed: int, alpha: float) -> PolicyRun:
-        constants = Constants("data", seed, RLTrainerParams(real_ratio=ratio))
-        stored = {"dataset_name": "data", "seed": seed, "real_ratio": ratio, "alpha": alpha}
-        settings = {"experiment": experiment, "stage": "td3_bc", "variables": {"seed": seed, "td3_bc_params.alpha": alpha}}
-        return PolicyRun(Path(folder), {**settings, "constants": stored}, constants, "simulator", [1], [1.0], 1)
-
-    short = group_runs([run("0", "a", 0.6, 0, 1), run("1", "a", 0.6, 1, 1), run("2", "a", 1, 0, 1)])
-    assert [(variant.name, list(variant.runs)) for variant in short] == [("DyDiff + TD3+BC", [0, 1]), ("TD3+BC", [0])]
-    longer = group_runs([run("0", "a", 0.6, 0, 1), run("1", "b", 0.6, 0, 2)])
-    assert [variant.name for variant in longer] == ["DyDiff + TD3+BC (alpha=1)", "DyDiff + TD3+BC (alpha=2)"]
+    ours, base = make_run("0", "a", describe_run(0)), make_run("2", "a", describe_run(0, ratio=1))
+    other_seed, repeated = make_run("1", "a", describe_run(1)), make_run("9", "a", describe_run(0))
+    assert names_of(ours, other_seed, base) == [("DyDiff + TD3+BC", [0, 1]), ("TD3+BC", [0])]
+    assert group_runs([ours, other_seed, repeated])[0].runs[0] is repeated
+    hardmax = make_run("3", "a", describe_run(0, "hardmax"))
+    filters = ["DyDiff + TD3+BC (softmax)", "DyDiff + TD3+BC (hardmax)", "TD3+BC"]
+    assert [name for name, _ in names_of(ours, hardmax, base)] == filters
+    chosen = [make_run("8", "a", describe_run(0, alpha=alpha), {"seed": 0, "td3_bc_params.alpha": alpha}) for alpha in (1, 2)]
+    assert [name for name, _ in names_of(*chosen)] == ["DyDiff + TD3+BC (alpha=1)", "DyDiff + TD3+BC (alpha=2)"]
+    # Of two experiments: what their settings differ in, and the default goes without saying.
+    later = make_run("4", "a", describe_run(0, alpha=1))
+    assert [name for name, _ in names_of(ours, later, base)] == ["DyDiff + TD3+BC", "DyDiff + TD3+BC (alpha=1)", "TD3+BC"]
+    elsewhere = make_run("5", "b", describe_run(0), simulator="another")
+    assert [name for name, _ in names_of(ours, elsewhere)] == ["DyDiff + TD3+BC (a)", "DyDiff + TD3+BC (b)"]
 
 
 def test_table():

@@ -1,0 +1,176 @@
+"""Does the speed cost learning? Learning curves of dydiff's trainer and of the plain published-style one, on the same task.
+
+    python benchmarks/learning_curves.py --dataset maze2d-umaze-local --seeds 0,1,2
+    python benchmarks/learning_curves.py --dataset maze2d-umaze-local --seeds 0,1,2,3,4 --epochs 20 --json curves.jsonl
+
+TD3+BC on the real transitions of a dataset, with the published settings. `published` is benchmarks/update_baselines.py: a module
+and an optimizer per network, replay in numpy, one seed after the other. `ours` is the trainer that `dydiff run` uses, with all
+seeds together (`seeds` in an experiment file) and the update mode of --mode. Both are evaluated alike after every epoch; they share
+nothing random but the seeds of the episodes, so they can agree within seed noise only.
+
+The table shows mean returns over the seeds with their standard errors; the last line compares the means over the second half of
+training, with a 95 % bootstrap interval of the difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from machine import describe_machine
+from update_baselines import TD3BC, Replay, sample_published
+
+from dydiff.agents import AGENTS
+from dydiff.device import find_device
+from dydiff.errors import DydiffError
+from dydiff.evaluate import Evaluator, episode_seed
+from dydiff.evaluation_worker import PolicyEvaluator, describe_evaluation
+from dydiff.problem import Problem, load_problem
+from dydiff.replay import ReplayBuffer
+from dydiff.seeds import SeedTrainers
+from dydiff.tables import format_table, plus_minus
+from dydiff.trainer import Evaluation, PolicyTrainer, Saving
+from dydiff.uncertainty import bootstrap_difference, standard_error
+
+BATCH, LONGEST = 256, 1000
+
+
+def train_published(problem: Problem, options: argparse.Namespace) -> tuple[np.ndarray, float]:
+    """Returns [seeds, epochs], and the seconds that a seed's updates took."""
+    transitions = problem.policy_transitions("cpu")
+    sizes = problem.dataset.observation_dim, problem.dataset.action_dim
+    real = Replay(len(transitions.reward), *sizes, options.device)
+    for stored, field in zip(real.fields, transitions, strict=True):
+        stored[:] = field.numpy().reshape(real.capacity, -1)
+    real.size = real.capacity
+    evaluator = Evaluator(problem.spec, options.steps, LONGEST)
+    spaces = problem.spaces.to(options.device)
+    curves, seconds = [], 0.0
+    for seed in options.seeds:
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        agent = TD3BC(*sizes, tuned=False, device=options.device)
+
+        @torch.no_grad()
+        def act(observation: np.ndarray, agent: TD3BC = agent) -> np.ndarray:
+            rows = spaces.observation_raw_to_policy(torch.from_numpy(observation).to(options.device))
+            mean, _ = agent.policy.network(rows).chunk(2, dim=-1)
+            return spaces.action_policy_to_raw(mean.tanh()).cpu().numpy()
+
+        curve = []
+        for epoch in range(options.epochs):
+            began = time.perf_counter()
+            for _ in range(options.updates):
+                agent.update(sample_published(real, real, BATCH, BATCH))
+            seconds += time.perf_counter() - began
+            curve.append(evaluator.evaluate(act, episode_seed(seed, epoch + 1)).mean_return)
+        curves.append(curve)
+    return np.array(curves), seconds / len(options.seeds)
+
+
+def train_ours(problem: Problem, options: argparse.Namespace) -> tuple[np.ndarray, float]:
+    """The same by dydiff's trainer."""
+    sizes = {"observation_dim": problem.dataset.observation_dim, "action_dim": problem.dataset.action_dim}
+    spaces = problem.spaces.to(options.device)
+    where = problem.spec, options.steps, LONGEST, None, options.device
+    evaluator = PolicyEvaluator(describe_evaluation("td3_bc", sizes, spaces, *where))
+    transitions = problem.policy_transitions(options.device)
+    real = ReplayBuffer.from_transitions(transitions, len(transitions.reward))
+
+    def build(seed: int) -> PolicyTrainer:
+        return PolicyTrainer(
+            AGENTS["td3_bc"](**sizes, device=options.device, generator=torch.Generator().manual_seed(seed)),
+            spaces,
+            real,
+            ReplayBuffer(1, *sizes.values(), options.device),
+            None,
+            Evaluation(evaluator, problem.dataset.name, seed, every=1),
+            Saving(1, False, False, False, {}),
+            num_epochs=options.epochs,
+            updates_per_epoch=options.updates,
+            batch_size=BATCH,
+            real_ratio=1.0,
+            seed=seed,
+            update_mode=options.mode,
+        )
+
+    stage = SeedTrainers([build(seed) for seed in options.seeds])
+    curves = np.zeros((len(options.seeds), options.epochs))
+    seconds = 0.0
+    while not stage.finished:
+        stage.run_epoch()
+        for epoch, record in stage.late_records(wait=True):
+            curves[record.index, epoch - 1] = record["evaluation/return"]
+            seconds += record["time/updates"]
+    return curves, seconds / len(options.seeds)
+
+
+VARIANTS: dict[str, Callable[[Problem, argparse.Namespace], tuple[np.ndarray, float]]] = {
+    "published": train_published,
+    "ours": train_ours,
+}
+
+
+def compare(curves: dict[str, np.ndarray], updates: int) -> str:
+    """The table of two sets of curves [seeds, epochs], and how much their second halves differ."""
+    rows = [["updates", *curves]]
+    for epoch in range(len(curves["ours"][0])):
+        columns = [curve[:, epoch] for curve in curves.values()]
+        rows.append([f"{(epoch + 1) * updates:,}", *(plus_minus(each.mean(), standard_error(each), 1) for each in columns)])
+    late = {name: curve[:, curve.shape[1] // 2 :].mean(axis=1) for name, curve in curves.items()}
+    difference = late["ours"].mean() - late["published"].mean()
+    interval = bootstrap_difference(late["ours"], late["published"])
+    bounds = "" if interval is None else f" (95 % interval {interval[0]:.1f} .. {interval[1]:.1f})"
+    return f"{format_table(rows)}\nSecond half, ours - published: {difference:+.1f}{bounds}"
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    def integers(text: str) -> list[int]:
+        return [int(word) for word in text.split(",")]
+
+    description, _, details = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=description, epilog=details, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dataset", required=True, help="dataset with a simulator")
+    parser.add_argument("--seeds", type=integers, default=[0, 1, 2], help="seeds of each trainer")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--updates", type=int, default=500, help="of an epoch")
+    parser.add_argument("--steps", type=int, default=5000, help="environment steps of an evaluation")
+    parser.add_argument("--mode", default="eager", help="update mode of ours: auto, eager, compiled, graph")
+    parser.add_argument("--device", default="auto", help="cpu, cuda:0, ...; auto takes a GPU if there is one")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON object a trainer")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    try:
+        options.device = find_device(options.device)
+        problem = load_problem(options.dataset)
+        if problem.spec is None:
+            raise DydiffError(f"'{options.dataset}' has no simulator here, so there are no returns to compare.")
+        curves = {}
+        for name, train in VARIANTS.items():
+            curves[name], seconds = train(problem, options)
+            print(f"{name}: {seconds:.1f} s of updates a seed", flush=True)
+            if options.json:
+                line = {"variant": name, "dataset": problem.dataset.name, "seeds": options.seeds, "updates": options.updates}
+                line |= {"returns": curves[name].tolist(), "seconds": seconds, **describe_machine(options.device)}
+                with options.json.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+        print(compare(curves, options.updates))
+    except DydiffError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
