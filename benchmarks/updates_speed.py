@@ -7,6 +7,7 @@
 Cases, on Hopper's dimensions (11 observations, 3 actions), networks 2 x 256, batches of 256 of which 153 are real:
 
     td3bc, diffusion_ql, cql   updates: draw the batch from replay, draw the noise, all gradient steps, targets, what is logged
+    four_seeds                 TD3+BC's for four seeds, one after the other or together
     replay_insert              append the 1,228 x 99 transitions of a rollout
 
 Variants: `published` and `stock` (benchmarks/update_baselines.py) and dydiff's modes `eager`, `compiled` and, on a GPU, `graph`
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from harness import (
@@ -48,7 +50,8 @@ OBSERVATION_DIM, ACTION_DIM, BATCH, NUM_REAL, REAL_RATIO = 11, 3, 256, 153, 0.6
 TRANSITIONS = 1228 * 99  # of one rollout: 60 % of 2048 trajectories of 100 rows
 AGENTS_OF = {"td3bc": "td3_bc", "diffusion_ql": "diffusion_ql", "cql": "cql"}
 UPDATES_A_CALL = {"td3bc": 50, "diffusion_ql": 20, "cql": 4}
-CASES = (*AGENTS_OF, "replay_insert")
+CASES = (*AGENTS_OF, "four_seeds", "replay_insert")
+SEEDS = 4
 VARIANTS = ("published", "stock", "eager", "compiled", "graph")
 CHECKED_UPDATES = 4
 TOLERANCE = 20.0  # times the limit: Adam's first steps are the sign of a gradient, rounding or not
@@ -173,6 +176,23 @@ def make_insert_case(variants: Sequence[str], device: str) -> Case:
     return Case("replay_insert", TRANSITIONS, 1, made, "1,228 x 99 transitions")
 
 
+def make_seeds_case(variants: Sequence[str], device: str) -> Case:
+    """TD3+BC of four seeds, each for itself or all together; the means of a loss are compared."""
+    made = []
+    for mode in [name for name in variants if name not in ("published", "stock")]:
+        alone, together = ([Runner("td3bc", mode, device).runs for _ in range(SEEDS)] for _ in range(2))
+        parts = {"alone": alone, "together": [Updates.together(together)]}
+
+        def run(group: Sequence[Updates]) -> Tensor:
+            figures = [each for updates in group for each in updates.run_all(UPDATES_A_CALL["td3bc"])]
+            return torch.tensor([each["critic_loss"] for each in figures])
+
+        runs = {name: torch.enable_grad()(partial(run, group)) for name, group in parts.items()}
+        count = SEEDS * UPDATES_A_CALL["td3bc"]
+        made += [Variant(f"{mode}, {name}", "float32", runs[name], runs["alone"], count, 0.0) for name in runs]
+    return Case("four_seeds", BATCH, 1, made, f"{UPDATES_A_CALL['td3bc']} updates a seed and call", TOLERANCE)
+
+
 def measure(session: Session) -> None:
     """Check and measure all cases."""
     variants = find_variants(session.options)
@@ -186,6 +206,8 @@ def run_case(name: str, variants: Sequence[str], session: Session) -> None:
     errors: dict[str, float] = {}
     if name == "replay_insert":
         case = make_insert_case(variants, session.options.device)
+    elif name == "four_seeds":
+        case = make_seeds_case(variants, session.options.device)
     else:
         case, errors = make_update_case(name, variants, session.options.device)
     measurements = session.race(case, Patience(session.options.seconds, least=3, warm_up=True))

@@ -48,15 +48,16 @@ def trace_gradients() -> bool:
 
 
 class CapturedGraph:
-    """A function without arguments as a CUDA graph; its draws from `generator` go on from replay to replay.
+    """A function without arguments as a CUDA graph; its draws from `generators` go on from replay to replay.
 
     The function must have run once before, outside of the capture (`warm_up`). What it returned then, and what tensors it reads
     and writes, keeps its place in memory: every replay overwrites `output`.
     """
 
-    def __init__(self, function: Callable[[], Any], generator: torch.Generator):
+    def __init__(self, function: Callable[[], Any], *generators: torch.Generator):
         self._graph = torch.cuda.CUDAGraph()
-        self._graph.register_generator_state(generator)
+        for generator in generators:
+            self._graph.register_generator_state(generator)
         with torch.cuda.graph(self._graph):
             self.output = function()
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import functools
 import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dydiff.data_command import add_data_options, run_data
 from dydiff.errors import DydiffError
@@ -111,26 +112,26 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     parser.add_argument("--device", default="auto", help="cuda:0, cpu, ...; auto takes a GPU if there is one")
     parser.add_argument("--resume", default=None, metavar="RUN", help="run folder to continue with the same options")
+    parser.add_argument("--folder", default=None, help=argparse.SUPPRESS)  # for `workers.run_jobs`: the very run folder
     parser.add_argument("-n", "--dry-run", action="store_true", help="load and check everything, print it, and stop")
 
 
-def run_train(options: argparse.Namespace) -> None:
-    """Train a diffusion model."""
+def training_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What identifies a diffusion training, of the options of train.py; it is stored in the run folder.
+
+    Raises:
+        DydiffError: the options contradict each other.
+    """
     if options.cond_on_action and not options.include_action:
         raise DydiffError("--cond_on_action=True needs --include_action=True: there are no actions to condition on.")
-    from dydiff.device import find_device
-    from dydiff.runs import find_unfinished, new_folder, removed_if_empty
-    from dydiff.stages import train_diffusion
-
-    network = {
-        "kind": options.rl_model_type,
-        "horizon": options.max_length_of_trajectory,
-        "dim": options.dim,
-        "dim_mults": options.dim_mults,
-    }
-    work = {
+    return {
         "dataset_name": options.dataset,
-        "network": network,
+        "network": {
+            "kind": options.rl_model_type,
+            "horizon": options.max_length_of_trajectory,
+            "dim": options.dim,
+            "dim_mults": options.dim_mults,
+        },
         "include_action": options.include_action,
         "use_cond": options.use_cond,
         "cond_on_action": options.cond_on_action,
@@ -144,9 +145,21 @@ def run_train(options: argparse.Namespace) -> None:
         "precision": options.precision,
         "seed": options.seed,
     }
+
+
+def run_train(options: argparse.Namespace) -> None:
+    """Train a diffusion model."""
+    work = training_settings(options)
+    from dydiff.device import find_device
+    from dydiff.runs import find_unfinished, new_folder, removed_if_empty
+    from dydiff.stages import train_diffusion
+
     device = find_device(options.device)
     if options.resume is not None:
-        folder = find_unfinished(Path(options.resume), work)
+        # How long a run is has no influence on what it does until then.
+        folder = find_unfinished(Path(options.resume), work, free=["duration"])
+    elif options.folder is not None:
+        folder = Path(options.folder)
     elif options.dry_run:
         folder = Path(options.outdir)
     else:
@@ -186,34 +199,36 @@ def run_experiment(options: argparse.Namespace) -> None:
 def add_worker_options(parser: argparse.ArgumentParser) -> None:
     """The options of one variant's process: those of its sweep, and which variant, where."""
     add_run_options(parser)
-    parser.add_argument("--variant", type=int, required=True)
-    parser.add_argument("--folder", required=True)
+    parser.add_argument("--variant", type=int, nargs="+", required=True)
+    parser.add_argument("--folder", type=Path, nargs="+", required=True)
 
 
 def run_worker(options: argparse.Namespace) -> None:
-    """Run one variant in a given folder: what `run` starts for each of several variants."""
-    from dydiff.workers import run_one
+    """Run one variant in a given folder, or several seeds in theirs: what `run` starts for each of several variants."""
+    from dydiff.workers import run_job
 
-    run_one(
+    run_job(
         *(options.experiment, options.set, options.dataset, options.device, Path(options.outdir)),
-        index=options.variant,
-        folder=Path(options.folder),
+        indices=options.variant,
+        folders=options.folder,
     )
 
 
 def add_collect_options(parser: argparse.ArgumentParser) -> None:
     """The options of `dydiff collect`."""
-    parser.add_argument("name", help="dataset to make, for example maze2d-umaze-local or hopper-random-local")
+    parser.add_argument("name", help="dataset to make, for example maze2d-umaze-local or hopper-medium-local")
     parser.add_argument("--steps", type=positive(int), default=1_000_000, help="environment steps")
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     parser.add_argument("--path", default=None, help="file to write (default: the dataset's place in the cache folder)")
+    parser.add_argument("--processes", type=positive(int), default=None, help="that record locomotion (default: one a core)")
 
 
 def run_collect(options: argparse.Namespace) -> None:
     """Make a dataset with a local behaviour policy, in D4RL's schema."""
     from dydiff.collect import collect
 
-    print(f"Dataset: {collect(options.name, options.steps, options.seed, options.path)}")
+    path = collect(options.name, options.steps, options.seed, options.path, processes=options.processes)
+    print(f"Dataset: {path}")
 
 
 def add_report_options(parser: argparse.ArgumentParser) -> None:
@@ -236,9 +251,9 @@ def run_report(options: argparse.Namespace) -> None:
 def add_sampler_quality_options(parser: argparse.ArgumentParser) -> None:
     """The options of `dydiff sampler-quality`: the report's, and the grid of fast mode's settings."""
     add_report_options(parser)
-    parser.add_argument("--first", type=parse_ints, default=[30, 20, 15, 10], help="evaluations of fast mode's first iteration")
-    parser.add_argument("--warm", type=parse_ints, default=[10, 7, 5, 3], help="evaluations of its later iterations")
-    parser.add_argument("--warm_sigma", type=parse_floats, default=[0.3, 0.5, 0.8, 1.5], help="noise levels of its warm start")
+    parser.add_argument("--first", type=parse_ints, default=[20, 14, 10, 8, 5], help="evaluations of fast mode's first iteration")
+    parser.add_argument("--warm", type=parse_ints, default=[7, 5, 3, 2], help="evaluations of its later iterations")
+    parser.add_argument("--warm_sigma", type=parse_floats, default=[0.3, 0.8], help="noise levels of its warm start")
 
 
 def run_sampler_quality(options: argparse.Namespace) -> None:
@@ -318,9 +333,27 @@ def guarded(run: Callable[[argparse.Namespace], None], options: argparse.Namespa
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("error: interrupted before anything could be saved.", file=sys.stderr)
+        print("error: interrupted; what is not saved yet is lost.", file=sys.stderr)
         return 130
+    except (OSError, RuntimeError, MemoryError) as error:
+        told = explain_shortage(error)
+        if told is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
+        return 1
     return 0
+
+
+def explain_shortage(error: Exception) -> str | None:
+    """What to tell where disk or memory ran out in a place that has no better words for it; None for any other error."""
+    if isinstance(error, OSError):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        where = f"'{error.filename}'" if error.filename else "a file"
+        return f"Cannot write {where}: {error.strerror}. Free space; what was saved before is untouched." if full else None
+    from dydiff.memory import is_out_of_memory
+
+    reason = " ".join(str(error).split())[:300]
+    return f"Out of memory ({reason}). End what else runs on the device, or lower batch sizes." if is_out_of_memory(error) else None
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import reprlib
 import sys
 import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from dydiff.errors import DydiffError
 
@@ -35,7 +36,7 @@ class MetaData:
 class KeepCondition:
     """Which rollouts are kept (SPEC section 6)."""
 
-    filter_type: str = "softmax"  # softmax: sampled by score; hardmax: the best ones
+    filter_type: Literal["softmax", "hardmax"] = "softmax"  # softmax: sampled by score; hardmax: the best ones
     threshold: float = 0.6  # fraction of the rollouts that is kept
     softmax_temp: float = 0.05  # temperature of the softmax filter, on standardised scores
 
@@ -58,7 +59,7 @@ class RLTrainerParams:
     rollout_freq: int = 1  # epochs from one rollout to the next
     eval_freq: int = 1  # epochs from one evaluation to the next
     evaluation_worker: bool | None = None  # evaluate in a process beside the next epoch; None: where a core is idle
-    update_mode: str = "auto"  # eager, compiled (Inductor), graph (CUDA graphs); auto: graph on a GPU, else what pays off
+    update_mode: Literal["auto", "eager", "compiled", "graph"] = "auto"  # Inductor, CUDA graphs; auto: what pays off
     save_best: bool = True  # keep the policy with the best evaluation as agent-best.safetensors
     freq_saving: int = 10  # epochs from one periodic checkpoint (and resume state) to the next
     save_replay_buffer: bool = False  # put the real transitions into periodic checkpoints
@@ -74,13 +75,14 @@ class SamplerKwargs:
     S_min: float = 0.36995  # noise levels between S_min ...
     S_max: float = 52.242  # ... and S_max are churned
     S_noise: float = 1.002  # inflation of the added noise
+    inpaint_churn: bool = False  # overwrite start and actions behind the churn too (published: its noise stays on them)
     num_steps: int = 34  # noise levels; 2 num_steps - 1 network evaluations
     iterative_times: int = 2  # policy injections after the autoregressive start
     backend: str = "auto"  # what evaluates the network, one of those that dydiff/backends.py explains
     fast: bool = False  # DPM-Solver++ in place of all S_* and num_steps: far fewer evaluations, other samples
-    fast_first_evaluations: int = 20  # fast mode: network evaluations of the first policy injection
+    fast_first_evaluations: int = 8  # fast mode: network evaluations of the first policy injection
     fast_warm_sigma: float = 0.8  # fast mode: noise level put on the current guess, from which later injections start
-    fast_warm_evaluations: int = 7  # fast mode: network evaluations of each later injection
+    fast_warm_evaluations: int = 3  # fast mode: network evaluations of each later injection
 
 
 @dataclass
@@ -144,7 +146,7 @@ class DiffQLParams:
     lr: float = 3e-4  # Adam's step size of actor and critics
     grad_norm: float = 5.0  # gradient-norm clip; 0: none
     n_timesteps: int = 5  # denoising steps of the actor
-    beta_schedule: str = "vp"  # vp, linear or cosine
+    beta_schedule: Literal["vp", "linear", "cosine"] = "vp"  # of the noise in the actor
     max_q_backup: bool = False  # back up the best of 10 sampled next actions
     lr_decay: bool = False  # cosine learning-rate decay over the epochs
 
@@ -178,6 +180,7 @@ class Constants:
 
     dataset_name: str = ""  # D4RL name, local name or path
     seed: int = 0  # of everything random in the run
+    seeds: list[int] | None = None  # policies: train these seeds together, in place of `seed`; a run folder each, as if alone
     rl_trainer_params: RLTrainerParams = field(default_factory=RLTrainerParams)
     model_params: ModelParams | None = None
     dyn_model_params: DynModelParams | None = None
@@ -193,6 +196,7 @@ SMALLEST, LARGEST = 5e-324, sys.float_info.max
 # What numbers may be, ends included; a setting that is not listed must be above 0.
 RANGES = {
     "seed": (0, 2**63 - 1),
+    "seeds": (0, 2**63 - 1),
     "eval_env_seed": (0, 2**63 - 1),
     "gpu": (0, LARGEST),
     "real_ratio": (0, 1),
@@ -217,6 +221,16 @@ RANGES = {
 }
 
 
+def show(value: Any) -> str:
+    """A value as messages show it: cut, however large or deep it is."""
+    shorten = reprlib.Repr()
+    shorten.maxstring = shorten.maxother = shorten.maxlong = 80
+    try:
+        return shorten.repr(value)
+    except ValueError:  # a whole number of more digits than Python prints
+        return "a number of thousands of digits"
+
+
 def from_mapping(cls: type, mapping: Any, where: str) -> Any:
     """Fill the dataclass `cls` from a mapping as YAML gives it; `where` names the place in messages.
 
@@ -225,7 +239,7 @@ def from_mapping(cls: type, mapping: Any, where: str) -> Any:
     """
     mapping = {} if mapping is None else mapping
     if not isinstance(mapping, dict):
-        raise DydiffError(f"'{where}' must be a mapping of settings, not {mapping!r}.")
+        raise DydiffError(f"'{where}' must be a mapping of settings, not {show(mapping)}.")
     hints = typing.get_type_hints(cls)
     for key in mapping:
         if key not in hints:
@@ -252,9 +266,15 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return _convert(options[0], value, where)
     if dataclasses.is_dataclass(kind):
         return from_mapping(kind, value, where)
+    if origin is Literal:
+        if isinstance(value, str) and value in arguments:
+            return value
+        nearest = difflib.get_close_matches(str(value)[:80], arguments, n=1)
+        hint = f" (did you mean '{nearest[0]}'?)" if nearest else ""
+        raise DydiffError(f"Setting '{where}' must be one of {', '.join(arguments)}, not {show(value)}{hint}.")
     if origin is list:
         if not isinstance(value, list):
-            raise DydiffError(f"Setting '{where}' must be a list, not {value!r}.")
+            raise DydiffError(f"Setting '{where}' must be a list, not {show(value)}.")
         return [_convert(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value)]
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
@@ -267,7 +287,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return _check_range(value, where)
     if isinstance(value, kind) and kind is not int:
         return value
-    raise DydiffError(f"Setting '{where}' must be of type {kind.__name__}, not {value!r}.")
+    raise DydiffError(f"Setting '{where}' must be of type {kind.__name__}, not {show(value)}.")
 
 
 def _check_range(value: float, where: str) -> float:
@@ -275,5 +295,5 @@ def _check_range(value: float, where: str) -> float:
     if not low <= value <= high:
         least = "above 0" if low == SMALLEST else f"at least {low:g}"
         most = f"at most {high:g}" if high < LARGEST else "finite"
-        raise DydiffError(f"Setting '{where}' must be {least} and {most}, not {value}.")
+        raise DydiffError(f"Setting '{where}' must be {least} and {most}, not {show(value)}.")
     return value

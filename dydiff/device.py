@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -64,6 +66,19 @@ def fast_float32() -> Iterator[None]:
         yield
     finally:
         settings.fp32_precision = before
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that it frees, instead of giving it back and faulting it in again at every update.
+
+    How much glibc gives back depends on what the process did before: the same updates of TD3+BC run without page faults or with
+    500 each, which then take a sixth of their time. Other C libraries have their own ways and are left alone.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        trim_threshold, mmap_threshold = -1, -3  # the names of glibc's malloc.h
+        mallopt(trim_threshold, 2**29)
+        mallopt(mmap_threshold, 2**27)
 
 
 @functools.cache

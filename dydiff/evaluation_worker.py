@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -87,11 +89,15 @@ class PolicyEvaluator:
 
 
 class EvaluationWorker:
-    """The same in a process of its own: `submit` returns at once, `take` waits for the result. One evaluation at a time."""
+    """The same in a process of its own: `submit` returns at once, `take` waits for the result.
+
+    Evaluations are made one after the other, in the order in which they were submitted.
+    """
 
     def __init__(self, description: dict[str, Any]):
         self._environment = description["spec"]["name"]
-        self._seed: int | None = None  # of the evaluation under way
+        self._seeds: list[int] = []  # of all evaluations; the place of one is its ticket
+        self._answers: list[dict[str, Any] | None] = []  # to the first of them; None once taken
         self._connection, theirs = Pipe()
         command = [sys.executable, "-m", "dydiff.evaluation_worker", str(theirs.fileno())]
         # A session of its own: an interrupt from the terminal is for the training process alone, which then ends this one.
@@ -100,30 +106,36 @@ class EvaluationWorker:
         self.close = weakref.finalize(self, _end, self._connection, self._process)
         self._send(description)
 
-    def submit(self, state: dict[str, Any], seed: int) -> None:
-        """Begin to evaluate the agent of `state`."""
-        self._seed = seed
+    def submit(self, state: dict[str, Any], seed: int) -> int:
+        """Have the agent of `state` evaluated; returns the ticket with which its score is taken."""
+        self._seeds.append(seed)
         self._send({"state": state, "seed": seed})
+        return len(self._seeds) - 1
 
-    @property
-    def ready(self) -> bool:
+    def ready(self, ticket: int) -> bool:
         """Whether `take` would return at once."""
-        return self._connection.poll()
+        while len(self._answers) <= ticket and self._connection.poll():
+            self._receive()
+        return len(self._answers) > ticket
 
-    def take(self) -> PolicyScore:
-        """Wait for the result of the evaluation under way.
+    def take(self, ticket: int) -> PolicyScore:
+        """Wait for the score of an evaluation, which can be taken once.
 
         Raises:
             DydiffError: evaluating failed, or the process ended; names environment and seed.
         """
-        try:
-            answer = _decode(self._connection.recv_bytes())
-        except (EOFError, OSError) as error:
-            raise self._death() from error
+        while len(self._answers) <= ticket:
+            self._receive()
+        answer, self._answers[ticket] = self._answers[ticket], None
         if "error" in answer:
             raise DydiffError(answer["error"])
-        self._seed = None
         return PolicyScore(**answer)
+
+    def _receive(self) -> None:
+        try:
+            self._answers.append(_decode(self._connection.recv_bytes()))
+        except (EOFError, OSError) as error:
+            raise self._death() from error
 
     def _send(self, message: dict[str, Any]) -> None:
         try:
@@ -135,7 +147,8 @@ class EvaluationWorker:
         self._connection.close()
         code = self._process.wait()
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
-        seed = "" if self._seed is None else f" with seed {self._seed}"
+        under_way = self._seeds[len(self._answers) :]
+        seed = f" with seed {under_way[0]}" if under_way else ""
         return DydiffError(
             f"The process that evaluates {self._environment}{seed} ended {how} (what it printed stands above). "
             "Continue with --resume, or set rl_trainer_params.evaluation_worker to false to evaluate in the training process."
@@ -145,11 +158,11 @@ class EvaluationWorker:
 def work(connection: Connection) -> None:
     """The body of the worker: evaluate what comes until the other end is closed."""
     evaluator, environment, seed = None, "", None
-    while True:
-        try:
-            message = _decode(connection.recv_bytes())
-        except (EOFError, OSError):
-            return
+    # What is sent is read at once, also during an evaluation: the other end must not wait with more.
+    messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+    threading.Thread(target=_collect, args=(connection, messages), daemon=True).start()
+    while (data := messages.get()) is not None:
+        message = _decode(data)
         try:
             if evaluator is None:
                 environment = message["spec"]["name"]
@@ -165,6 +178,14 @@ def work(connection: Connection) -> None:
             connection.send_bytes(_encode(answer))
         except OSError:  # nobody waits for it any more
             return
+
+
+def _collect(connection: Connection, messages: queue.SimpleQueue[bytes | None]) -> None:
+    """Put everything that comes into a queue, and None at the end."""
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            messages.put(connection.recv_bytes())
+    messages.put(None)
 
 
 def freeze(state: Any) -> Any:

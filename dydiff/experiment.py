@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,15 @@ from dydiff.config import (
     ModelParams,
     TD3BCParams,
     from_mapping,
+    show,
     unknown_key,
 )
 from dydiff.errors import DydiffError
 
 MAX_VARIANTS = 10_000
+MAX_BYTES = 200_000  # of a file; parsing takes some ten microseconds a byte
+MAX_VALUES, MAX_DEPTH = 100_000, 20  # of a file, aliases followed
+MAX_MERGED = 20  # mappings in one
 STAGE_SECTIONS = {"dyn_model_params": "dynamics", "model_params": "reward"}
 SCRIPT_WORDS = {"dyn": "dynamics", "rew": "reward", "td3": "td3_bc", "diffql": "diffusion_ql", "cql": "cql"}
 ALGORITHMS = {"td3_bc_params": "td3_bc", "diffql_params": "diffusion_ql", "cql_params": "cql"}
@@ -45,6 +51,7 @@ class Variant:
     stage: str  # dynamics, reward, td3_bc, diffusion_ql or cql
     constants: Constants
     choices: dict[str, Any]  # the `variables` of this run
+    group: int  # equal for variants that are to train together: they differ in their seeds alone (`constants.seeds`)
 
     @property
     def is_policy(self) -> bool:
@@ -57,6 +64,14 @@ class Experiment:
 
     meta: MetaData
     variants: list[Variant]
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """The indices of the variants that train together, group by group."""
+        groups: dict[int, list[int]] = {}
+        for index, variant in enumerate(self.variants):
+            groups.setdefault(variant.group, []).append(index)
+        return list(groups.values())
 
 
 def load_experiment(path: str | Path, overrides: list[str] = (), dataset: str | None = None) -> Experiment:
@@ -93,6 +108,9 @@ def load_experiment(path: str | Path, overrides: list[str] = (), dataset: str | 
         else:
             variables = {name: values for name, values in variables.items() if not f"{name}.".startswith(f"{key}.")}
             fixed.append((key, value))
+            if key in ("seed", "seeds"):  # in the place of the file's, whichever of the two that has
+                for tree in (constants, variables):
+                    tree.pop("seeds" if key == "seed" else "seed", None)
     meta = from_mapping(MetaData, meta_data, f"{path.name}: meta_data")
     stage = _find_stage(sections, meta.script_path, path)
     return Experiment(meta, _expand(constants, variables, fixed, stage, path))
@@ -102,12 +120,16 @@ def _expand(constants: dict, variables: dict[str, Any], fixed: list[tuple[str, A
     """Every combination of `variables` on top of `constants`, and the `fixed` overrides on top of both."""
     for key, values in variables.items():
         if not isinstance(values, list) or not values:
-            raise DydiffError(f"{path.name}: variable '{key}' must be a non-empty list of values, not {values!r}.")
+            raise DydiffError(f"{path.name}: variable '{key}' must be a non-empty list of values, not {show(values)}.")
     count = math.prod(len(values) for values in variables.values())
     if count > MAX_VARIANTS:
-        raise DydiffError(f"{path.name} expands to {count:,} variants; the limit is {MAX_VARIANTS:,}. Shorten its 'variables'.")
+        raise _too_many(count, path)
+    if "seeds" in variables:
+        raise DydiffError(
+            f"{path.name}: 'seeds' belongs under 'constants' and names seeds that train together. As a variable, take 'seed'."
+        )
     variants = []
-    for values in itertools.product(*variables.values()):
+    for group, values in enumerate(itertools.product(*variables.values())):
         choices = dict(zip(variables, values, strict=True))
         resolved = copy.deepcopy(constants)
         for key, value in (*choices.items(), *fixed):
@@ -115,8 +137,32 @@ def _expand(constants: dict, variables: dict[str, Any], fixed: list[tuple[str, A
         settings = from_mapping(Constants, resolved, f"{path.name}: constants")
         if not settings.dataset_name:
             raise DydiffError(f"{path.name}: constants.dataset_name is missing; name a dataset or give a path to a file.")
-        variants.append(Variant(stage, _complete(settings, stage), choices))
+        settings = _complete(settings, stage)
+        if settings.seeds is None:
+            variants.append(Variant(stage, settings, choices, group))
+            continue
+        _check_seeds(settings.seeds, "seed" in resolved, stage, path)
+        if count * len(settings.seeds) > MAX_VARIANTS:
+            raise _too_many(count * len(settings.seeds), path)
+        for seed in settings.seeds:  # from here on each is what it would be alone
+            variants.append(Variant(stage, dataclasses.replace(settings, seed=seed, seeds=None), choices, group))
     return variants
+
+
+def _too_many(count: int, path: Path) -> DydiffError:
+    return DydiffError(f"{path.name} expands to {count:,} variants; the limit is {MAX_VARIANTS:,}. Shorten its 'variables'.")
+
+
+def _check_seeds(seeds: list[int], has_seed: bool, stage: str, path: Path) -> None:
+    if has_seed:
+        raise DydiffError(
+            f"{path.name}: 'seed' and 'seeds' are both given. 'seeds' trains all of its seeds together, 'seed' is one alone; "
+            "remove one of the two."
+        )
+    if stage not in ALGORITHMS.values():
+        raise DydiffError(f"{path.name}: only policies train with several seeds together, not a {stage} model. Give one 'seed'.")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise DydiffError(f"{path.name}: constants.seeds must name different seeds, at least one, not {show(seeds)}.")
 
 
 def _find_stage(sections: set[str], script_path: str, path: Path) -> str:
@@ -161,20 +207,62 @@ def _dataset_differences(path: Path, dataset: str, sections: set[str]) -> dict:
 
 def _read_yaml(path: Path) -> dict:
     try:
-        content = yaml.safe_load(path.read_text())
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise DydiffError(f"Cannot read '{path}': {error.strerror or error}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DydiffError(f"'{path}' is not plain YAML: {' '.join(str(error).split())}.") from error
+    if len(text) > MAX_BYTES:
+        raise DydiffError(f"'{path}' is larger than {MAX_BYTES:,} bytes. Shorten it; what varies much is best varied from outside.")
+    content = _parse(text, f"'{path}' is not plain YAML")
     if not isinstance(content, dict):
         raise DydiffError(f"'{path}' must be a YAML mapping, not {type(content).__name__}.")
     return content
 
 
+def _parse(text: str | bytes, complaint: str) -> Any:
+    """YAML's plain values. Whatever goes wrong is the text's fault; `complaint` begins the message."""
+    try:
+        content = yaml.load(text, _Loader)
+    except Exception as error:  # beside its own errors PyYAML raises those of what it calls: of a date, of a number, ...
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DydiffError(f"{complaint}: {reason[:400]}.") from error
+    remaining, level, depth = MAX_VALUES, [content], 0
+    while level:  # level by level, so that aliases, of which a few lines stand for 2^60 values, are counted and not followed
+        remaining, depth = remaining - len(level), depth + 1
+        if remaining < 0 or depth > MAX_DEPTH:
+            raise DydiffError(f"{complaint}: it stands for more than {MAX_VALUES:,} values, or is nested deeper than {MAX_DEPTH}.")
+        level = list(itertools.islice(itertools.chain.from_iterable(map(_children, level)), MAX_VALUES + 1))
+    return content
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, less keys that stand twice, and less merges (`<<: *name`) that multiply to millions of keys."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        counts = collections.Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        twice = [key for key, count in counts.items() if count > 1]
+        if twice:
+            raise yaml.constructor.ConstructorError(problem=f"the key '{twice[0]}' stands twice", problem_mark=node.start_mark)
+        return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        merged = [value for key, value in node.value if key.tag == "tag:yaml.org,2002:merge"]
+        count = sum(len(value.value) if isinstance(value, yaml.SequenceNode) else 1 for value in merged)
+        if count <= MAX_MERGED:
+            super().flatten_mapping(node)
+        if count > MAX_MERGED or len(node.value) > MAX_VALUES:
+            raise yaml.constructor.ConstructorError(problem="it merges too many mappings", problem_mark=node.start_mark)
+
+
+def _children(node: Any) -> Iterable[Any]:
+    return node.values() if isinstance(node, dict) else node if isinstance(node, (list, tuple, set)) else ()
+
+
 def _mapping(content: dict, key: str, path: Path) -> dict:
     value = content.get(key)
     if value is not None and not isinstance(value, dict):
-        raise DydiffError(f"{path.name}: '{key}' must be a mapping, not {value!r}.")
+        raise DydiffError(f"{path.name}: '{key}' must be a mapping, not {show(value)}.")
     return copy.deepcopy(value or {})
 
 
@@ -182,10 +270,7 @@ def _parse_override(text: str) -> tuple[str, Any]:
     key, separator, value = text.partition("=")
     if not separator or not key.strip():
         raise DydiffError(f"--set takes key=value, for example rl_trainer_params.num_epochs=2; '{text}' is not of that form.")
-    try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise DydiffError(f"--set {text}: the value is not YAML ({' '.join(str(error).split())}).") from error
+    return key.strip(), _parse(value, f"--set {text[:80]}: the value is not YAML")
 
 
 def _assign(tree: dict, dotted: str, value: Any) -> None:

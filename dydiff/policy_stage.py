@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from dydiff.experiment import ALGORITHMS, Variant
 from dydiff.importing import Importer, is_published
 from dydiff.models import DIFFUSION, DYNAMICS, REWARD, load_diffusion_model, load_dynamics, load_reward
 from dydiff.problem import Problem
-from dydiff.progress import Progress
+from dydiff.progress import Progress, say
 from dydiff.replay import ReplayBuffer
 from dydiff.rollout import RolloutEngine
 from dydiff.runs import find_model
@@ -28,17 +29,20 @@ from dydiff.trainer import Evaluation, PolicyTrainer, Rollouts, Saving
 UPDATES_PER_EPOCH = {"td3_bc": 500, "cql": 500, "diffusion_ql": 250}
 
 
-def build_policy(
-    variant: Variant, problem: Problem, device: str, models: dict[str, list[str]], progress: Progress
-) -> PolicyTrainer:
-    """The policy training of an experiment: agent, buffers, models behind the rollouts, evaluation."""
+def build_policies(
+    variants: Sequence[Variant], problem: Problem, device: str, models: dict[str, list[str]], progress: Progress
+) -> list[PolicyTrainer]:
+    """The policy training of variants that differ in their seeds alone: agent, buffers, models behind the rollouts, evaluation.
+
+    They share what does not change: real transitions, models, and the process that evaluates.
+    """
+    variant = variants[0]
     constants, dataset = variant.constants, problem.dataset
     params = constants.rl_trainer_params
     describe = _agent_arguments(variant, problem)
-    agent = AGENTS[variant.stage](**describe, device=device, generator=torch.Generator().manual_seed(constants.seed))
     spaces = problem.spaces.to(device)
     updates = params.num_train_steps_per_train_call or UPDATES_PER_EPOCH[variant.stage]
-    evaluation = None
+    evaluator = None
     if problem.spec is not None:
         description = describe_evaluation(
             variant.stage,
@@ -52,37 +56,41 @@ def build_policy(
         )
         beside = has_idle_core(device) if params.evaluation_worker is None else params.evaluation_worker
         evaluator = (EvaluationWorker if beside else PolicyEvaluator)(description)
-        seed = constants.env_specs.eval_env_seed
-        evaluation = Evaluation(evaluator, dataset.name, constants.seed if seed is None else seed, params.eval_freq)
     else:
-        progress.say(f"No simulator of {problem.environment} ships with dydiff: this run trains without evaluation.")
-    return PolicyTrainer(
-        agent,
-        spaces,
-        real=ReplayBuffer.from_transitions(problem.policy_transitions(device), params.replay_buffer_size),
-        synthetic=ReplayBuffer(params.model_replay_buffer_size, dataset.observation_dim, dataset.action_dim, agent.device),
-        rollouts=build_rollouts(constants, problem, device, models) if models else None,
-        evaluation=evaluation,
-        saving=Saving(
-            params.freq_saving,
-            params.save_best,
-            params.save_replay_buffer,
-            params.save_model_replay_buffer,
-            {
-                "algorithm": variant.stage,
-                "model": describe,
-                "environment": problem.environment,
-                "simulator": problem.simulator,
-            },
-        ),
-        num_epochs=params.num_epochs,
-        updates_per_epoch=updates,
-        batch_size=params.batch_size,
-        real_ratio=params.real_ratio,
-        seed=constants.seed,
-        on_update=progress.advance,
-        update_mode=params.update_mode,
+        say(f"No simulator of {problem.environment} ships with dydiff: this run trains without evaluation.")
+    real = ReplayBuffer.from_transitions(problem.policy_transitions(device), params.replay_buffer_size)
+    rollouts = build_rollouts(constants, problem, device, models) if models else None
+    saving = Saving(
+        params.freq_saving,
+        params.save_best,
+        params.save_replay_buffer,
+        params.save_model_replay_buffer,
+        {"algorithm": variant.stage, "model": describe, "environment": problem.environment, "simulator": problem.simulator},
     )
+
+    def build(seed: int) -> PolicyTrainer:
+        evaluation = None
+        if evaluator is not None:
+            fixed = constants.env_specs.eval_env_seed
+            evaluation = Evaluation(evaluator, dataset.name, seed if fixed is None else fixed, params.eval_freq)
+        return PolicyTrainer(
+            AGENTS[variant.stage](**describe, device=device, generator=torch.Generator().manual_seed(seed)),
+            spaces,
+            real,
+            ReplayBuffer(params.model_replay_buffer_size, dataset.observation_dim, dataset.action_dim, device),
+            rollouts,
+            evaluation,
+            saving,
+            num_epochs=params.num_epochs,
+            updates_per_epoch=updates,
+            batch_size=params.batch_size,
+            real_ratio=params.real_ratio,
+            seed=seed,
+            on_update=progress.advance,
+            update_mode=params.update_mode,
+        )
+
+    return [build(each.constants.seed) for each in variants]
 
 
 def _agent_arguments(variant: Variant, problem: Problem) -> dict[str, Any]:
@@ -124,13 +132,16 @@ def build_rollouts(constants: Constants, problem: Problem, device: str, files: d
     params, dataset = constants.rl_trainer_params, problem.dataset
     models = [load_diffusion_model(file, dataset, device) for file in files[DIFFUSION]]
     for model in models:
-        if not model.manifest["include_action"]:
-            raise DydiffError(
-                "The diffusion model was trained with --include_action=False; rollouts inject actions. Train another."
-            )
+        for option in ("include_action", "use_cond", "cond_on_action"):
+            if not model.manifest.get(option):
+                raise DydiffError(
+                    f"The diffusion model was trained with --{option}=False, but rollouts show it a start and the policy's "
+                    f"actions, of which it would make nothing. Train one with --{option}=True."
+                )
         if model.horizon != models[0].horizon:
             raise DydiffError(f"The diffusion models differ in their horizon: {[each.horizon for each in models]}.")
-    dynamics, reward = load_dynamics(*files[DYNAMICS], dataset, device), load_reward(*files[REWARD], dataset, device)
+    dynamics = load_dynamics(*files[DYNAMICS], dataset, device, problem.spaces)
+    reward = load_reward(*files[REWARD], dataset, device, problem.spaces)
     horizon = models[0].horizon
     length = horizon if params.rollout_length == -1 else params.rollout_length
     if not 2 <= length <= horizon:
@@ -153,6 +164,7 @@ def build_rollouts(constants: Constants, problem: Problem, device: str, files: d
             "s_min": sampler.S_min,
             "s_max": sampler.S_max,
             "s_noise": sampler.S_noise,
+            "inpaint_churn": sampler.inpaint_churn,
         },
         sampler.backend,
         fast if sampler.fast else None,

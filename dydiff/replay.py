@@ -79,9 +79,9 @@ class ReplayBuffer:
 
 
 def split_rows(rows: Tensor, widths: tuple[int, ...]) -> Transitions:
-    """Rows `[N, sum of widths]` as transitions: views, of which the last axis of width 1 is dropped."""
-    observation, action, reward, next_observation, terminal = rows.split(widths, dim=1)
-    return Transitions(observation, action, reward.squeeze(1), next_observation, terminal.squeeze(1))
+    """Rows `[..., sum of widths]` as transitions: views, of which the last axis of width 1 is dropped."""
+    observation, action, reward, next_observation, terminal = rows.split(widths, dim=-1)
+    return Transitions(observation, action, reward.squeeze(-1), next_observation, terminal.squeeze(-1))
 
 
 def count_real(synthetic: ReplayBuffer, batch_size: int, real_ratio: float) -> int:
@@ -93,13 +93,19 @@ def count_real(synthetic: ReplayBuffer, batch_size: int, real_ratio: float) -> i
     return batch_size if synthetic.size < batch_size - num_real else num_real
 
 
+def draw_mixed_rows(
+    real: ReplayBuffer, synthetic: ReplayBuffer, batch_size: int, num_real: int, generator: torch.Generator
+) -> Tensor:
+    """Draw `num_real` rows of real transitions and the rest of synthetic ones: `[batch_size, width]`."""
+    if num_real == batch_size:
+        return real.draw_rows(batch_size, generator)
+    if num_real == 0:
+        return synthetic.draw_rows(batch_size, generator)
+    return torch.cat([real.draw_rows(num_real, generator), synthetic.draw_rows(batch_size - num_real, generator)])
+
+
 def sample_mixed(
     real: ReplayBuffer, synthetic: ReplayBuffer, batch_size: int, num_real: int, generator: torch.Generator
 ) -> Transitions:
     """Draw `num_real` real transitions and the rest synthetic ones."""
-    if num_real == batch_size:
-        return real.sample(batch_size, generator)
-    if num_real == 0:
-        return synthetic.sample(batch_size, generator)
-    parts = real.draw_rows(num_real, generator), synthetic.draw_rows(batch_size - num_real, generator)
-    return split_rows(torch.cat(parts), real.widths)
+    return split_rows(draw_mixed_rows(real, synthetic, batch_size, num_real, generator), real.widths)

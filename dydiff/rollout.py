@@ -108,8 +108,8 @@ class RolloutEngine:
         function = partial(self._roll_out_chunk, policy, generator, draw, iterations)
         if not self.capture or draw is not None or generator.device.type != "cuda":
             return function
-        # Graphs of an older policy or number of iterations go: they hold memory.
-        owner = (policy, generator, iterations)
+        # Graphs of an older policy or of other settings go: they hold memory.
+        owner = (policy, generator, iterations, self.fast, *self.sampler.items())
         if self._captured is None or self._captured[0] != owner:
             self._captured = owner, GraphedFunction(function, generator)
         return self._captured[1]

@@ -5,15 +5,19 @@ This and policy_stage.py see both the settings and the parts; everything below t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dydiff.checkpoint import digest_file
 from dydiff.data import Limits, Windows, load_dataset
 from dydiff.diffusion.training import DiffusionTrainer, choose_precision
+from dydiff.drive import drive
 from dydiff.dynamics import DynamicsEnsemble
+from dydiff.environments import ENVIRONMENTS
+from dydiff.errors import DydiffError
 from dydiff.experiment import Variant
 from dydiff.fit import Fit
 from dydiff.models import (
@@ -22,12 +26,14 @@ from dydiff.models import (
     POLICY,
     REWARD,
     build_denoiser,
+    describe_scaling,
 )
-from dydiff.policy_stage import build_policy, find_models
-from dydiff.problem import Problem, load_problem
-from dydiff.progress import Progress
+from dydiff.policy_stage import build_policies, find_models
+from dydiff.problem import Problem, fit_environment, load_problem
+from dydiff.progress import Progress, say
 from dydiff.reward import RewardModel
-from dydiff.runs import Run, drive, read_run
+from dydiff.runs import Run, read_run
+from dydiff.seeds import SeedRuns, SeedTrainers
 
 KINDS = {"dynamics": DYNAMICS, "reward": REWARD}
 
@@ -92,39 +98,75 @@ def build_one_step(variant: Variant, problem: Problem, device: str) -> OneStepSt
         max_epochs=params.max_epochs,
         steps_per_epoch=params.steps_per_epoch,
     )
-    return OneStepStage(fit, KINDS[variant.stage], {"model": describe})
+    return OneStepStage(fit, KINDS[variant.stage], {"model": describe, "scaling": describe_scaling(problem.spaces)})
 
 
-def run_variant(
-    variant: Variant, folder: Path, root: Path, device: str, settings: dict[str, Any], description: str = ""
+def run_variants(
+    variants: Sequence[Variant],
+    folders: Sequence[Path],
+    root: Path,
+    device: str,
+    settings: Sequence[dict[str, Any]],
+    description: str = "",
 ) -> None:
-    """Train one variant of an experiment in `folder`, resuming what is there; models are looked up under `root`.
+    """Train one variant of an experiment in its folder, or several that differ in their seeds alone together.
 
-    `settings` identify the run; `description` is free text that is kept with it.
+    What is in the folders is resumed; models are looked up under `root`. `settings` identify the runs; `description` is free text
+    that is kept with them.
+
+    Raises:
+        DydiffError: whatever is wrong with data, models or settings; the seeds began with different models.
     """
+    variant = variants[0]
     seed_everything(variant.constants.seed)
     environment = variant.constants.env_specs
     problem = load_problem(variant.constants.dataset_name, environment.env_name, environment.backend)
-    progress = Progress(folder.name)
+    progress = Progress(folders[0].name if len(folders) == 1 else f"{folders[0].name} and {len(folders) - 1} more")
     about: dict[str, Any] = {"description": description} if description else {}
     if variant.is_policy:
         # A resumed run continues with the models that it began with, whatever has been trained since.
-        models = (read_run(folder) or {}).get("models", {})
+        records = [read_run(folder) or {} for folder in folders]
+        began_with = [record["models"] for record in records if record.get("models")]
+        if any(models != began_with[0] for models in began_with):
+            raise DydiffError(
+                f"The runs in {', '.join(map(str, folders))} began with different models and cannot train together. Continue them "
+                "one by one: --set seed=N --resume."
+            )
+        models = began_with[0] if began_with else {}
         if variant.constants.rl_trainer_params.real_ratio < 1 and not models:
             models = find_models(variant.constants, problem, root)
         # Scores of different simulators do not compare, so the name of this one stays beside them.
-        about |= {"models": models, "simulator": problem.simulator}
-        stage = build_policy(variant, problem, device, models, progress)
-        length, unit = stage.num_epochs * stage.updates_per_epoch, "updates"
+        about |= {"models": models, "model_digests": digest_models(models), "simulator": problem.simulator}
+        for record in records:
+            check_unchanged(record.get("model_digests", {}), about["model_digests"])
+        trainers = build_policies(variants, problem, device, models, progress)
+        stage = trainers[0] if len(trainers) == 1 else SeedTrainers(trainers)
+        pace = trainers[0].updates_per_epoch
+        length, unit = trainers[0].num_epochs * pace, "updates"
         kind, save_every = POLICY, variant.constants.rl_trainer_params.freq_saving
     else:
         stage = build_one_step(variant, problem, device)
-        length, unit = stage.fit.max_epochs, "epochs"
+        length, unit, pace = stage.fit.max_epochs, "epochs", 1
         kind, save_every = KINDS[variant.stage], 1
-    run = Run(folder, kind, problem.dataset, settings, about)
-    progress.begin(length, unit)
+    runs = [Run(folder, kind, problem.dataset, each, about) for folder, each in zip(folders, settings, strict=True)]
+    run = runs[0] if len(runs) == 1 else SeedRuns(runs)
     with progress:
-        drive(stage, run, save_every, progress.watch(stage, one_by_one=not variant.is_policy))
+        watch = progress.watch(stage, one_by_one=not variant.is_policy)
+        drive(stage, run, save_every, watch, lambda: progress.begin(length, unit, stage.epoch * pace))
+
+
+def digest_models(models: dict[str, list[str]]) -> dict[str, str]:
+    """The SHA-256 of every model file behind a run, in hexadecimal."""
+    return {path: digest_file(Path(path)) for paths in models.values() for path in paths}
+
+
+def check_unchanged(before: dict[str, str], now: dict[str, str]) -> None:
+    """Refuse to continue a run with other models than it began with, whose files bear the same names."""
+    changed = [path for path, digest in now.items() if before.get(path, digest) != digest]
+    if changed:
+        raise DydiffError(
+            f"The run began with another model than lies in {', '.join(changed)} now. Put the old file back, or start a new run."
+        )
 
 
 def train_diffusion(
@@ -156,6 +198,8 @@ def train_diffusion(
     """
     seed_everything(seed)
     dataset = load_dataset(dataset_name)
+    if dataset.environment in ENVIRONMENTS:  # the later stages insist on it, and this one takes longest
+        fit_environment(dataset, dataset.environment)
     limits = Limits.from_dataset(dataset, include_action)
     windows = Windows(dataset, network["horizon"], limits, include_action, device)
     network = {**network, "data_dim": windows.dim}
@@ -163,12 +207,12 @@ def train_diffusion(
     precision = choose_precision(precision, denoiser)
     size = sum(parameter.numel() for parameter in denoiser.parameters()) / 1e6
     progress = Progress(folder.name)
-    progress.say(
+    say(
         f"{dataset.name}: {len(dataset):,} rows, {len(windows):,} windows of {windows.horizon} x {windows.dim}; "
         f"{network['kind']} with {size:.2f} M parameters on {device}, products in {precision}."
     )
     if dry_run:
-        progress.say("Dry run: everything fits; nothing was written.")
+        say("Dry run: everything fits; nothing was written.")
         return
     describe = {
         "network": network,
@@ -196,9 +240,9 @@ def train_diffusion(
         precision,
     )
     run = Run(folder, DIFFUSION, dataset, settings)
-    progress.begin(duration, "samples")
     with progress:
-        drive(stage, run, state_ticks, progress.watch(stage, one_by_one=False))
+        watch = progress.watch(stage, one_by_one=False)
+        drive(stage, run, state_ticks, watch, lambda: progress.begin(duration, "samples", stage.seen))
 
 
 def seed_everything(seed: int) -> None:

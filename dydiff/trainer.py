@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,11 @@ from torch import Tensor
 
 from dydiff.agents import Agent
 from dydiff.data import Spaces, d4rl
-from dydiff.errors import DydiffError
+from dydiff.errors import DydiffError, NotFinite
 from dydiff.evaluate import episode_seed
 from dydiff.evaluation_worker import EvaluationWorker, PolicyEvaluator, PolicyScore, freeze
 from dydiff.filters import keep_mask
+from dydiff.finite import find_not_finite
 from dydiff.models import POLICY, store_spaces
 from dydiff.replay import ReplayBuffer
 from dydiff.reward import RewardModel
@@ -37,6 +38,12 @@ class Rollouts:
     filter_type: str
     threshold: float
     softmax_temp: float
+
+    def __post_init__(self):
+        if int(self.threshold * self.num_starts) < 1:  # of the softmax filter; the other keeps one at least
+            raise DydiffError(
+                f"The filter keeps none of {self.num_starts} rollouts. Raise keep_condition.threshold or rollout_batch_size."
+            )
 
 
 @dataclass
@@ -62,11 +69,13 @@ class Saving:
 
 @dataclass
 class Epoch:
-    """An epoch that is trained, what is known of it, and the agent's state if that is evaluated."""
+    """An epoch, what is known of it, and the agent's state if that is evaluated."""
 
     number: int
     record: dict[str, float]
+    before: tuple[dict[str, Any], Tensor]  # the agent's and the generator's states before the updates
     state: dict[str, Any] | None = None
+    ticket: int | None = None  # of a worker that evaluates the state
 
 
 class PolicyTrainer:
@@ -118,42 +127,44 @@ class PolicyTrainer:
 
     def run_epoch(self) -> dict[str, float] | None:
         """Train one epoch; its record, or None where a worker evaluates and `late_records` gives it."""
-        record: dict[str, float] = {}
-        clock = time.perf_counter()
+        (record,) = run_epochs([self], self.updates)
+        return record
 
-        def lap(name: str) -> None:
-            nonlocal clock
-            now = time.perf_counter()
-            record[f"time/{name}"], clock = now - clock, now
-
+    def begin_epoch(self) -> Epoch:
+        """The part of an epoch before its updates: the rollout, where one is due."""
+        began, record = time.perf_counter(), {}
         if self.rollouts is not None and self.epoch % self.rollouts.every == 0:
             record |= self._roll_out(self.rollouts)
-            lap("rollout")
-        record |= self._update()
+            record["time/rollout"] = time.perf_counter() - began
+        return Epoch(self.epoch + 1, record, (freeze(self.agent.state_dict()), self.generator.get_state()))
+
+    def end_epoch(self, epoch: Epoch, means: dict[str, float], seconds: float) -> dict[str, float] | None:
+        """The part behind its updates, which logged `means` and took `seconds`: evaluation. Returns what `run_epoch` does."""
+        if find_not_finite(self.agent.state_dict()) or not np.isfinite([*means.values()]).all():
+            raise NotFinite(self._find_divergence(*epoch.before))
+        epoch.record |= {f"train/{name}": mean for name, mean in means.items()} | {"time/updates": seconds}
         self.agent.end_epoch()
-        lap("updates")
-        self.epoch += 1
-        epoch = Epoch(self.epoch, record)
-        evaluation = self.evaluation
+        self.epoch, began, evaluation = epoch.number, time.perf_counter(), self.evaluation
         due = evaluation is not None and (self.epoch % evaluation.every == 0 or self.finished)
         if evaluation is None or isinstance(evaluation.evaluator, PolicyEvaluator):
             if due:
                 epoch.state = self.agent.state_dict()
                 self._conclude(epoch, evaluation.evaluator.evaluate(epoch.state, self._evaluation_seed(epoch)))
-                lap("evaluation")
-            return record
+                epoch.record["time/evaluation"] = time.perf_counter() - began
+            return epoch.record
         if due:
             self._await_evaluation()
             epoch.state = freeze(self.agent.state_dict())
-            evaluation.evaluator.submit(epoch.state, self._evaluation_seed(epoch))
+            epoch.ticket = evaluation.evaluator.submit(epoch.state, self._evaluation_seed(epoch))
             self._evaluated = epoch
-            lap("evaluation")  # what it costs here, most of it waiting for the one before
+            # What it costs here, most of it waiting for the one before.
+            epoch.record["time/evaluation"] = time.perf_counter() - began
         self._epochs.append(epoch)
         return None
 
     def late_records(self, wait: bool) -> list[tuple[int, dict[str, float]]]:
         """Epochs and records that are complete and were not returned before; with `wait`, all are."""
-        if self._evaluated is not None and (wait or self.evaluation.evaluator.ready):
+        if self._evaluated is not None and (wait or self.evaluation.evaluator.ready(self._evaluated.ticket)):
             self._await_evaluation()
         until = self.epoch + 1 if self._evaluated is None else self._evaluated.number
         complete = [epoch for epoch in self._epochs if epoch.number < until]
@@ -167,16 +178,14 @@ class PolicyTrainer:
         scores = score(rollouts.reward_model, trajectory)
         for name, values in (*trajectory._asdict().items(), ("score", scores)):
             if not torch.isfinite(values).all():
-                raise DydiffError(
-                    f"The rollout of epoch {self.epoch + 1} holds a NaN or an infinity in its {name}. The models or the "
-                    "policy have diverged; look at their logs, and continue from an earlier checkpoint of this run."
+                place = values.isfinite().logical_not().nonzero()[0].tolist()
+                row = f", step {place[1]}" if len(place) > 1 else ""
+                raise NotFinite(
+                    f"The rollout of epoch {self.epoch + 1} holds a NaN or an infinity in its {name}, first in rollout {place[0]}"
+                    f"{row}. The policy's weights are finite, so look at the logs of the models that roll it out."
                 )
         keep = keep_mask(scores, rollouts.filter_type, rollouts.threshold, rollouts.softmax_temp, self.generator)
         kept = Trajectory(*(field[keep] for field in trajectory))
-        if len(kept.observation) == 0:
-            raise DydiffError(
-                f"The filter keeps none of {rollouts.num_starts} rollouts. Raise keep_condition.threshold or rollout_batch_size."
-            )
         transitions, mean_length = make_synthetic_transitions(kept, rollouts.reward_model, rollouts.is_terminal, self.spaces)
         self.synthetic.extend(transitions)
         return {
@@ -187,22 +196,33 @@ class PolicyTrainer:
             "rollout/buffer_size": float(self.synthetic.size),
         }
 
-    def _update(self) -> dict[str, float]:
-        means = self.updates.run(self.updates_per_epoch, self.on_update)
-        for name, mean in means.items():
-            if not np.isfinite(mean):
-                raise DydiffError(
-                    f"train/{name} is {mean} in epoch {self.epoch + 1}: training has diverged. Lower the learning rate, "
-                    "or continue from an earlier checkpoint of this run."
-                )
-        return {f"train/{name}": mean for name, mean in means.items()}
+    def _find_divergence(self, state: dict[str, Any], draws: Tensor) -> str:
+        """Repeat the epoch's updates one by one from its beginning, to say in which one what ceased to be finite."""
+        self.agent.load_state_dict(state)
+        self.generator.set_state(draws)
+        how = self.updates.batch_size, self.updates.real_ratio, self.generator, "eager", self.updates_per_epoch
+        one_by_one = Updates(self.agent, self.real, self.synthetic, *how)
+        for count in range(self.updates_per_epoch):
+            figures = one_by_one.run(1)
+            wrong = [f"train/{name}" for name, value in figures.items() if not np.isfinite(value)]
+            weight = find_not_finite(self.agent.state_dict())
+            wrong += [f"tensor '{weight}'"] if weight else []
+            if wrong:
+                where = f"update {self.epoch * self.updates_per_epoch + count + 1} (epoch {self.epoch + 1})"
+                break
+        else:  # rounded otherwise, one by one it goes well
+            wrong, where = ["a loss or a weight"], f"epoch {self.epoch + 1}"
+        return (
+            f"Training has diverged in {where}, with NaN or infinity in {', '.join(wrong)}; data and rollouts are finite. Lower "
+            "the learning rates, or look for extreme rewards."
+        )
 
     def _evaluation_seed(self, epoch: Epoch) -> int:
         return episode_seed(self.evaluation.seed, epoch.number)
 
     def _await_evaluation(self) -> None:
         if self._evaluated is not None:
-            self._conclude(self._evaluated, self.evaluation.evaluator.take())
+            self._conclude(self._evaluated, self.evaluation.evaluator.take(self._evaluated.ticket))
             self._evaluated = None
 
     def _conclude(self, epoch: Epoch, score: PolicyScore) -> None:
@@ -254,3 +274,12 @@ class PolicyTrainer:
         self.generator.set_state(state["generator"])
         self.epoch = state["epoch"]
         self.best_return = state["best_return"]
+
+
+def run_epochs(trainers: Sequence[PolicyTrainer], updates: Updates) -> list[dict[str, float] | None]:
+    """Train one epoch of trainers that share their `updates`; what `run_epoch` returns, for each."""
+    epochs = [trainer.begin_epoch() for trainer in trainers]
+    began = time.perf_counter()
+    means = updates.run_all(trainers[0].updates_per_epoch, trainers[0].on_update)
+    seconds = (time.perf_counter() - began) / len(trainers)
+    return [trainer.end_epoch(*each, seconds) for trainer, *each in zip(trainers, epochs, means, strict=True)]

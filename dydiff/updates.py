@@ -1,18 +1,21 @@
-"""An agent's updates on batches from replay, run in one of three modes that compute the same."""
+"""Updates of an agent, or of equal agents of several seeds at once, on batches from replay, in one of three modes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dydiff.agents import Agent
+from dydiff.agents.stack import stack_agents
 from dydiff.capture import CapturedGraph, can_compile, compile_function, trace_gradients, warm_up
-from dydiff.device import fast_float32
+from dydiff.data import Transitions
+from dydiff.device import fast_float32, keep_freed_memory
 from dydiff.errors import DydiffError
-from dydiff.replay import ReplayBuffer, count_real, sample_mixed
+from dydiff.replay import ReplayBuffer, count_real, draw_mixed_rows, split_rows
 
 MODES = ("auto", "eager", "compiled", "graph")
 UPDATES_A_GRAPH = 10  # a multiple of the agents' own rhythms (2 and 5), so that few different graphs are needed
@@ -21,8 +24,17 @@ WORTH_COMPILING = 50_000  # updates of a run; compiling takes about as long as i
 Sums = dict[str, Tensor]
 
 
+class Learner(NamedTuple):
+    """An agent, what it learns from, and where its batches and their noise are drawn from."""
+
+    agent: Agent
+    real: ReplayBuffer
+    synthetic: ReplayBuffer
+    generator: torch.Generator
+
+
 class Updates:
-    """Runs updates of `agent`: draws each batch and its noise from `generator`, applies them, and averages what is logged.
+    """Runs updates of an agent: draws each batch and its noise from `generator`, applies them, and averages what is logged.
 
     Modes: `eager`; `compiled`, the update by Inductor; `graph`, on a GPU, several updates with their draws as one CUDA graph,
     one graph per pattern of what the agent's step counter decides. All consume the same random numbers and differ in rounding
@@ -43,13 +55,24 @@ class Updates:
         mode: str,
         num_updates: int,
     ):
-        self.agent = agent
-        self.real = real
-        self.synthetic = synthetic
         self.batch_size = batch_size
         self.real_ratio = real_ratio
-        self.generator = generator
         self.mode = choose_mode(mode, agent.device, num_updates)
+        keep_freed_memory()
+        self.learners = [Learner(agent, real, synthetic, generator)]
+        self._prepare(agent)
+
+    @classmethod
+    def together(cls, parts: Sequence[Updates]) -> Updates:
+        """The updates of equal agents of several seeds in one: each as in its own `Updates`, which must not run any more."""
+        first = parts[0]
+        (agent, real, synthetic, generator), *_ = learners = [part.learners[0] for part in parts]
+        updates = cls(agent, real, synthetic, first.batch_size, first.real_ratio, generator, first.mode, 0)
+        updates.learners = learners
+        updates._prepare(stack_agents([learner.agent for learner in learners]))
+        return updates
+
+    def _prepare(self, agent: Agent) -> None:
         self._apply = agent.apply_update
         if self.mode == "compiled":
             trace_gradients()
@@ -58,51 +81,67 @@ class Updates:
 
     def run(self, count: int, on_update: Callable[[int], None] = lambda count: None) -> dict[str, float]:
         """Run `count` updates and return the mean of each logged figure; the device is read once, at the end."""
-        num_real = count_real(self.synthetic, self.batch_size, self.real_ratio)
+        (means,) = self.run_all(count, on_update)
+        return means
+
+    def run_all(self, count: int, on_update: Callable[[int], None] = lambda count: None) -> list[dict[str, float]]:
+        """`run` for several seeds together: the means of each."""
+        nums_real = tuple(count_real(each.synthetic, self.batch_size, self.real_ratio) for each in self.learners)
         totals: Sums = {}
         counts: dict[str, int] = {}
         at_once = UPDATES_A_GRAPH if self.mode == "graph" else 1
         with fast_float32():
             for first in range(0, count, at_once):
                 variants = self._advance(min(at_once, count - first))
-                sums, numbers = self._run_together(variants, num_real)
+                sums, numbers = self._run_together(variants, nums_real)
                 for name, value in sums.items():
                     totals[name] = totals[name] + value if name in totals else value.clone()
                     counts[name] = counts.get(name, 0) + numbers[name]
                 on_update(len(variants))
-        return {name: float(total) / counts[name] for name, total in totals.items()}
+        means = {name: (total / counts[name]).view(-1).tolist() for name, total in totals.items()}
+        return [{name: values[index] for name, values in means.items()} for index in range(len(self.learners))]
 
     def _advance(self, count: int) -> tuple[tuple[bool, ...], ...]:
-        """Count the next updates as done, and return what the agent's step counter decides for each."""
+        """Count the next updates as done, and return what the agents' step counters, all the same, decide for each."""
         variants = []
         for _ in range(count):
-            variants.append(self.agent.variant())
-            self.agent.step += 1
+            variants.append(self.learners[0].agent.variant())
+            for learner in self.learners:
+                learner.agent.step += 1
         return tuple(variants)
 
-    def _run_together(self, variants: tuple[tuple[bool, ...], ...], num_real: int) -> tuple[Sums, dict[str, int]]:
-        work = partial(self._compute, variants, num_real)
+    def _run_together(self, variants: tuple[tuple[bool, ...], ...], nums_real: tuple[int, ...]) -> tuple[Sums, dict[str, int]]:
+        work = partial(self._compute, variants, nums_real)
         if self.mode != "graph":
             return work()
-        key = (variants, num_real)
+        key = (variants, nums_real)
         if key not in self._graphs:
             self._graphs[key] = None  # these updates count; the next ones of their kind are captured
             return warm_up(work)
         if self._graphs[key] is None:
-            self._graphs[key] = CapturedGraph(work, self.generator)
+            self._graphs[key] = CapturedGraph(work, *(learner.generator for learner in self.learners))
         return self._graphs[key].replay()
 
-    def _compute(self, variants: tuple[tuple[bool, ...], ...], num_real: int) -> tuple[Sums, dict[str, int]]:
-        """The device work of updates in a row: sums of each logged figure, and of how many updates."""
+    def _compute(self, variants: tuple[tuple[bool, ...], ...], nums_real: tuple[int, ...]) -> tuple[Sums, dict[str, int]]:
+        """The device work of updates in a row: sums of each logged figure (`[S]` for several seeds), and of how many updates."""
         sums: Sums = {}
         counts: dict[str, int] = {}
         for variant in variants:
-            batch = sample_mixed(self.real, self.synthetic, self.batch_size, num_real, self.generator)
-            noise = self.agent.draw_noise(self.batch_size, self.generator)
-            for name, value in self._apply(batch, noise, variant).items():
+            for name, value in self._apply(*self._draw(nums_real), variant).items():
                 sums[name] = sums[name] + value if name in sums else value
                 counts[name] = counts.get(name, 0) + 1
         return sums, counts
+
+    def _draw(self, nums_real: tuple[int, ...]) -> tuple[Transitions, NamedTuple]:
+        """A batch and the noise of its update: each seed draws its own, and they are stacked."""
+        rows, noises = [], []
+        for (agent, real, synthetic, generator), num_real in zip(self.learners, nums_real, strict=True):
+            rows.append(draw_mixed_rows(real, synthetic, self.batch_size, num_real, generator))
+            noises.append(agent.draw_noise(self.batch_size, generator))
+        widths = self.learners[0].real.widths
+        if len(rows) == 1:
+            return split_rows(rows[0], widths), noises[0]
+        return split_rows(torch.stack(rows), widths), type(noises[0])(*map(torch.stack, zip(*noises, strict=True)))
 
 
 def choose_mode(mode: str, device: torch.device, num_updates: int) -> str:

@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dydiff.config import Constants, from_mapping
 from dydiff.device import find_device
+from dydiff.drive import Interrupted, Interrupts
 from dydiff.errors import DydiffError
 from dydiff.experiment import Experiment, Variant, load_experiment
-from dydiff.progress import Progress
-from dydiff.runs import Interrupted, Interrupts, find_run_of, new_folder, read_run, removed_if_empty
-from dydiff.stages import run_variant
+from dydiff.progress import Progress, say
+from dydiff.runs import find_run_of, new_folder, read_run, removed_if_empty
+from dydiff.stages import run_variants
 
 LOG = "output.log"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process is to train: a run's folder, and a command of `dydiff` that takes `--folder` and `--device`.
+
+    Several seeds that train together are one job, with a folder each; `variants` are their indices in the experiment.
+    """
+
+    folder: Path
+    command: list[str]
+    variants: tuple[int, ...] = ()
+    siblings: tuple[Path, ...] = ()  # the other folders
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        return self.folder, *self.siblings
 
 
 def run_all(file: str, overrides: Sequence[str], dataset: str | None, device: str | None, root: Path, resume: bool) -> None:
@@ -31,61 +52,109 @@ def run_all(file: str, overrides: Sequence[str], dataset: str | None, device: st
     devices = [find_device(device)] if device else [find_device(f"cuda:{index}") for index in experiment.meta.gpu]
     if not devices:
         raise DydiffError("meta_data.gpu is empty; name a GPU, or use --device cpu.")
-    name = experiment.meta.exp_name
-    pending: list[tuple[int, Path]] = []
-    for index, variant in enumerate(experiment.variants):
-        folder = find_run_of(root, describe(name, variant)) if resume else None
-        if folder is not None and read_run(folder)["status"] == "finished":
-            print(f"Already finished: {folder}")
-            continue
-        pending.append((index, folder or new_folder(root, label(name, variant))))
+    jobs = _list_jobs(experiment, _worker_command(file, overrides, dataset, root), root, resume)
+    pending = skip_finished(jobs)
     if len(pending) == 1:
-        index, folder = pending[0]
-        with removed_if_empty(folder):
-            _run_variant(experiment, index, folder, root, devices[0])
-        print(f"Run folder: {folder}")
+        (job,) = pending
+        with contextlib.ExitStack() as stack:
+            for folder in job.folders:
+                stack.enter_context(removed_if_empty(folder))
+            _run_variants(experiment, job.variants, job.folders, root, devices[0])
+        for folder in job.folders:
+            print(f"Run folder: {folder}")
         return
-    arguments = ["-e", file, "--outdir", str(root)]
-    arguments += [word for text in overrides for word in ("--set", text)] + (["--dataset", dataset] if dataset else [])
-    _run_workers(pending, arguments, devices, experiment.meta.num_workers)
+    run_jobs(pending, devices, experiment.meta.num_workers)
 
 
-def run_one(
-    file: str, overrides: Sequence[str], dataset: str | None, device: str, root: Path, index: int, folder: Path
+def list_jobs(file: Path, overrides: Sequence[str], root: Path) -> list[Job]:
+    """The runs of an experiment file's variants under `root`, those that are there and those to be begun.
+
+    Raises:
+        DydiffError: the file or an override is wrong.
+    """
+    experiment = load_experiment(file, list(overrides))
+    return _list_jobs(experiment, _worker_command(str(file), overrides, None, root), root, resume=True)
+
+
+def _worker_command(file: str, overrides: Sequence[str], dataset: str | None, root: Path) -> list[str]:
+    changes = [word for text in overrides for word in ("--set", text)]
+    return ["worker", "-e", file, "--outdir", str(root), *changes, *(["--dataset", dataset] if dataset else [])]
+
+
+def _list_jobs(experiment: Experiment, command: list[str], root: Path, resume: bool) -> list[Job]:
+    jobs, name = [], experiment.meta.exp_name
+    for group in experiment.groups:
+        folders = {}
+        for index in group:
+            folder = find_run_of(root, describe(name, experiment.variants[index]), complete) if resume else None
+            if folder is not None and len(group) > 1 and _is_finished(folder):
+                print(f"Already finished: {folder}")  # the other seeds go on without it
+                continue
+            folders[index] = folder or new_folder(root, label(name, experiment.variants[index]))
+        if folders:
+            first, *siblings = folders.values()
+            jobs.append(Job(first, [*command, "--variant", *map(str, folders)], tuple(folders), tuple(siblings)))
+    return jobs
+
+
+def skip_finished(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs that are not finished; names the others."""
+    pending = []
+    for job in jobs:
+        if _is_finished(job.folder):
+            print(f"Already finished: {job.folder}")
+        else:
+            pending.append(job)
+    return pending
+
+
+def _is_finished(folder: Path) -> bool:
+    return (read_run(folder) or {}).get("status") == "finished"
+
+
+def run_job(
+    file: str,
+    overrides: Sequence[str],
+    dataset: str | None,
+    device: str,
+    root: Path,
+    indices: Sequence[int],
+    folders: Sequence[Path],
 ) -> None:
-    """Run one variant in its folder: the body of a worker process."""
-    _run_variant(load_experiment(file, list(overrides), dataset), index, folder, root, find_device(device))
+    """Run one variant in its folder, or several seeds together in theirs: the body of a worker process."""
+    _run_variants(load_experiment(file, list(overrides), dataset), indices, folders, root, find_device(device))
 
 
-def _run_variant(experiment: Experiment, index: int, folder: Path, root: Path, device: str) -> None:
-    variant, meta = experiment.variants[index], experiment.meta
-    run_variant(variant, folder, root, device, describe(meta.exp_name, variant), meta.description)
+def _run_variants(experiment: Experiment, indices: Sequence[int], folders: Sequence[Path], root: Path, device: str) -> None:
+    variants, meta = [experiment.variants[index] for index in indices], experiment.meta
+    settings = [describe(meta.exp_name, variant) for variant in variants]
+    run_variants(variants, folders, root, device, settings, meta.description)
 
 
-def _run_workers(pending: list[tuple[int, Path]], arguments: list[str], devices: list[str], num_workers: int) -> None:
+def run_jobs(jobs: Sequence[Job], devices: Sequence[str], num_workers: int) -> None:
     """Keep up to `num_workers` processes busy; a failed one never stops the others, and never goes unnoticed.
 
     Raises:
         Interrupted: a signal asked for the end; the workers have saved and stopped.
         DydiffError: some variants failed (names their logs).
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // num_workers, 1))}
-    queue, running, failed = list(pending), {}, []
+    environment = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // num_workers, 1)), **os.environ}  # the user's own wins
+    queue, running, failed = list(jobs), {}, []
     free_slots = list(range(num_workers))
     with Progress("variants") as progress, Interrupts() as interrupts:
-        progress.begin(len(pending), "variants")
+        progress.begin(len(jobs), "variants")
         try:
             while (queue or running) and not interrupts.received:
                 while queue and free_slots:
-                    (index, folder), slot = queue.pop(0), free_slots.pop(0)
-                    command = [sys.executable, "-m", "dydiff.cli", "worker", *arguments, "--variant", str(index)]
-                    command += ["--folder", str(folder), "--device", devices[slot % len(devices)]]
-                    with open(folder / LOG, "a") as log:
+                    job, slot = queue.pop(0), free_slots.pop(0)
+                    command = [sys.executable, "-m", "dydiff.cli", *job.command]
+                    command += ["--folder", *map(str, job.folders), "--device", devices[slot % len(devices)]]
+                    with open(job.folder / LOG, "a") as log:
                         # In a session of its own a worker gets one signal, ours; from the terminal it would get a second.
                         process = subprocess.Popen(
                             command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
                         )
-                    running[process] = (folder, slot)
+                    running[process] = (job.folder, slot)
                 time.sleep(0.2)
                 for process in [process for process in running if process.poll() is not None]:
                     folder, slot = running.pop(process)
@@ -93,14 +162,18 @@ def _run_workers(pending: list[tuple[int, Path]], arguments: list[str], devices:
                     progress.advance(1)
                     if process.returncode:
                         failed.append(folder)
-                        progress.say(f"FAILED: {folder}, see {folder / LOG}")
+                        say(f"FAILED: {folder}, see {folder / LOG}")
                     else:
-                        progress.say(f"Finished: {folder}")
+                        say(f"Finished: {folder}")
         finally:  # after an interrupt the workers save and stop
             for process in running:
                 process.terminate()
             for process in running:
                 process.wait()
+            for job in queue:  # never begun: a new folder of one is empty
+                for folder in job.folders:
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()
     if interrupts.received:
         raise Interrupted(
             f"Stopped by signal {interrupts.received}; the running variants have saved their state. Continue with --resume."
@@ -108,7 +181,7 @@ def _run_workers(pending: list[tuple[int, Path]], arguments: list[str], devices:
     if failed:
         logs = ", ".join(str(folder / LOG) for folder in failed)
         raise DydiffError(
-            f"{len(failed)} of {len(pending)} variants failed: {logs}. Repair the cause and run again with --resume."
+            f"{len(failed)} of {len(jobs)} variants failed: {logs}. Repair the cause and run again with --resume."
         )
 
 
@@ -121,6 +194,15 @@ def describe(experiment: str, variant: Variant) -> dict[str, Any]:
         "variables": variant.choices,
         "constants": {key: value for key, value in constants.items() if value is not None},
     }
+
+
+def complete(settings: dict[str, Any]) -> dict[str, Any]:
+    """Stored settings, as `describe` gives them, with the defaults of those that an older dydiff did not have."""
+    try:
+        constants = dataclasses.asdict(from_mapping(Constants, settings.get("constants"), "constants"))
+    except DydiffError:  # of another kind of run, or of a setting that is no more
+        return settings
+    return {**settings, "constants": {key: value for key, value in constants.items() if value is not None}}
 
 
 def label(experiment: str, variant: Variant) -> str:

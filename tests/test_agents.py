@@ -12,14 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dydiff.agents import AGENTS, updates
 from dydiff.agents.cql import CQL
-from dydiff.agents.diffusion_actor import DiffusionActor, make_betas
-from dydiff.agents.diffusion_ql import DiffusionQL
 from dydiff.agents.td3_bc import TD3BC
-from dydiff.agents.updates import Adam
 from dydiff.data.transitions import Transitions
-from dydiff.errors import DydiffError
-from dydiff.networks.mlp import MLP, mish
-from dydiff.networks.policy import TanhGaussianPolicy
 
 OBSERVATION_DIM, ACTION_DIM, BATCH = 4, 2, 16
 
@@ -196,91 +190,6 @@ def test_td3_bc_moves_policy_and_targets_by_tau_every_second_update():
             assert not torch.equal(moved, start[target][key])
 
 
-def test_diffusion_ql_average_follows_on_schedule():
-    agent = DiffusionQL(OBSERVATION_DIM, ACTION_DIM, [16], ema_start=3, ema_every=2, ema_decay=0.5, generator=generator())
-    random = generator(1)
-    moved = []
-    for _ in range(8):
-        before = copy.deepcopy(agent.ema_actor.state_dict())
-        train(agent, random, 1)
-        after = agent.ema_actor.state_dict()
-        moved.append(not torch.equal(before["network.layers.0.weight"], after["network.layers.0.weight"]))
-        if moved[-1]:
-            for key, value in agent.actor.state_dict().items():
-                torch.testing.assert_close(after[key], 0.5 * (before[key] + value))
-    assert moved == [False, False, False, False, True, False, True, False]
-
-
-def test_diffusion_ql_learning_rate_follows_a_cosine():
-    agent = DiffusionQL(OBSERVATION_DIM, ACTION_DIM, [16], lr=1e-3, lr_decay=True, num_epochs=4, generator=generator())
-    rates = []
-    for _ in range(5):
-        agent.end_epoch()
-        rates.append(float(agent.critic_optimizer.lr))
-    expected = [0.5e-3 * (1 + math.cos(math.pi * epoch / 4)) for epoch in (1, 2, 3, 4, 4)]
-    assert rates == pytest.approx(expected)
-
-
-def test_diffusion_ql_numerator_selects_the_critic():
-    agent = DiffusionQL(OBSERVATION_DIM, ACTION_DIM, [16], generator=generator())
-    batch, noise = make_batch(generator(1)), agent.draw_noise(BATCH, generator(2))
-    _, action = agent.actor.denoising_loss(batch.action, batch.observation, noise.step, noise.action)
-    q = agent.critics(torch.cat([batch.observation, action], dim=-1)).squeeze(-1)
-    for i in (0, 1):
-        q_loss = agent.policy_loss(batch, noise._replace(numerator=torch.tensor([i])))[2]
-        torch.testing.assert_close(q_loss, -q[i].mean() / q[1 - i].abs().mean())
-
-
-def test_diffusion_ql_evaluation_prefers_what_the_target_critics_prefer():
-    agent = DiffusionQL(OBSERVATION_DIM, 1, [16], num_candidates=20, generator=generator())
-    observation = torch.randn(5, OBSERVATION_DIM, generator=generator(1))
-    candidates = agent.act(observation.repeat_interleave(20, dim=0), generator(2)).view(5, 20)
-    slope = torch.nn.Linear(OBSERVATION_DIM + 1, 1, bias=False)
-    with torch.no_grad():
-        slope.weight.copy_(torch.tensor([[0.0] * OBSERVATION_DIM + [1e6]]))
-    agent.target_critics = lambda x: slope(x).expand(2, -1, -1)  # so steep that the softmax is a maximum
-    chosen = agent.act_for_evaluation(observation, generator(2))
-    torch.testing.assert_close(chosen.squeeze(-1), candidates.amax(dim=1))
-
-
-def test_diffusion_ql_acts_only_with_a_generator():
-    agent = DiffusionQL(OBSERVATION_DIM, ACTION_DIM, [16], generator=generator())
-    with pytest.raises(DydiffError, match="Generator"):
-        agent.act(torch.zeros(1, OBSERVATION_DIM))
-
-
-def test_beta_schedules_follow_their_formulas():
-    vp = [1 - math.exp(-0.1 / 5 - 4.95 * (2 * t - 1) / 25) for t in range(1, 6)]
-    assert make_betas("vp", 5).tolist() == pytest.approx(vp)
-    assert make_betas("linear", 3).tolist() == pytest.approx([1e-4, (1e-4 + 2e-2) / 2, 2e-2])
-    signal = [math.cos((t / 4 + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(5)]
-    cosine = [min(1 - signal[t + 1] / signal[t], 0.999) for t in range(4)]
-    assert make_betas("cosine", 4).tolist() == pytest.approx(cosine)
-    with pytest.raises(DydiffError, match="sigmoid"):
-        make_betas("sigmoid", 5)
-
-
-def test_diffusion_actor_reconstructs_and_samples_the_only_action():
-    """With a perfect noise prediction for one action, both the reconstruction and the sampler return that action."""
-    actor = DiffusionActor(OBSERVATION_DIM, ACTION_DIM, 16, generator=generator())
-    goal = torch.tensor([[0.3, -0.7]])
-    step, noise = torch.arange(5), torch.randn(5, ACTION_DIM, generator=generator(1))
-    noisy = actor.signal_scale[:, None] * goal + actor.noise_scale[:, None] * noise
-    torch.testing.assert_close(actor.predict_start(noisy, step, noise), goal.expand(5, -1), rtol=0, atol=1e-5)
-
-    class PerfectPrediction(torch.nn.Module):
-        remaining = iter(reversed(range(5)))
-
-        def forward(self, inputs):
-            t = next(self.remaining)
-            return (inputs[:, :ACTION_DIM] - actor.signal_scale[t] * goal) / actor.noise_scale[t]
-
-    actor.network = PerfectPrediction()
-    initial, *steps = torch.randn(6, 8, ACTION_DIM, generator=generator(2))
-    sample = actor.sample(torch.zeros(8, OBSERVATION_DIM), initial, torch.stack(steps))
-    torch.testing.assert_close(sample, goal.expand(8, -1), rtol=0, atol=1e-5)
-
-
 def test_cql_soft_maximum_of_a_constant_is_its_integral():
     """If Q = c everywhere, the integral of exp Q over [-1, 1]^A is 2^A e^c."""
     agent = CQL(OBSERVATION_DIM, ACTION_DIM, [16], num_random=4000, generator=generator())
@@ -291,65 +200,3 @@ def test_cql_soft_maximum_of_a_constant_is_its_integral():
     batch = make_batch(generator(1), 4)
     value = agent._soft_maximum(batch, agent.draw_noise(4, generator(2)))
     torch.testing.assert_close(value, torch.full((2, 4), 1.5 + ACTION_DIM * math.log(2)), rtol=0, atol=0.1)
-
-
-def test_policy_log_density_integrates_to_one_and_stays_finite():
-    policy = TanhGaussianPolicy(1, 1, [8], generator=generator())
-    noise = torch.linspace(-8, 8, 4001)[:, None]
-    with torch.no_grad():
-        action, log_prob = policy.sample_with_log_prob(torch.zeros(1, 1), noise)
-    assert float(torch.trapezoid(log_prob.double().exp(), action[:, 0].double())) == pytest.approx(1, abs=1e-3)
-    _, extreme = policy.sample_with_log_prob(torch.zeros(1, 1), torch.tensor([[1e4]]))
-    assert extreme.isfinite().all()
-
-
-def test_ensemble_member_equals_its_mlp():
-    critics = TD3BC(OBSERVATION_DIM, ACTION_DIM, [8, 8], generator=generator()).critics
-    single = MLP(OBSERVATION_DIM + ACTION_DIM, [8, 8], 1, generator=generator(5))
-    critics.load_member_state_dict(1, single.state_dict())
-    x = torch.randn(6, OBSERVATION_DIM + ACTION_DIM, generator=generator(6))
-    torch.testing.assert_close(critics(x)[1], single(x))
-    torch.testing.assert_close(critics(x, torch.tensor([1]))[0], single(x))
-    torch.testing.assert_close(critics.forward_member(1, x), single(x))
-    assert_same(critics.member_state_dict(1), dict(single.state_dict()))
-
-
-def test_unknown_activation_names_the_nearest():
-    with pytest.raises(DydiffError, match="did you mean 'relu'"):
-        MLP(1, [1], 1, activation="relo")
-
-
-@pytest.mark.parametrize("compiling", [False, True])
-@pytest.mark.parametrize("max_norm", [None, 0.5])
-def test_adam_is_the_known_one(compiling, max_norm, monkeypatch):
-    """Kernel and formula against torch.optim.Adam, with the learning rate changed and the state carried over on the way."""
-    for module in (updates, torch.compiler):  # the reference too has a formula for either case
-        monkeypatch.setattr(module, "is_compiling", lambda: compiling)
-    ours, theirs = MLP(3, [8], 2, generator=generator()), MLP(3, [8], 2, generator=generator())
-    optimizer, reference = Adam(ours.parameters(), 1e-2), torch.optim.Adam(theirs.parameters(), lr=1e-2)
-    x = torch.randn(6, 3, generator=generator(1))
-    for step in range(6):
-        norm = optimizer.descend(ours(x).square().sum(), max_norm)
-        reference.zero_grad()
-        theirs(x).square().sum().backward()
-        if max_norm is not None:
-            expected = torch.nn.utils.clip_grad_norm_(theirs.parameters(), max_norm)
-            torch.testing.assert_close(norm, expected)
-        reference.step()
-        for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-            torch.testing.assert_close(mine, other)
-        if step == 2:
-            saved = copy.deepcopy(optimizer.state_dict())
-            optimizer = Adam(ours.parameters(), 1.0)
-            optimizer.load_state_dict(saved)
-        if step == 3:
-            optimizer.lr.fill_(3e-3)
-            reference.param_groups[0]["lr"] = 3e-3
-
-
-def test_mish_is_the_known_one_for_every_input():
-    x = torch.cat([torch.linspace(-30, 30, 1001), torch.tensor([-1e4, -100.0, 100.0, 1e4])])
-    torch.testing.assert_close(mish(x).double(), torch.nn.functional.mish(x.double()), rtol=1e-5, atol=1e-12)
-    inputs = x.double().requires_grad_()
-    ours, theirs = (torch.autograd.grad(function(inputs).sum(), inputs)[0] for function in (mish, torch.nn.functional.mish))
-    torch.testing.assert_close(ours, theirs)

@@ -6,47 +6,20 @@ import fcntl
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import h5py
 import pytest
 import tiny
-from conftest import DATASET
+from conftest import DATASET, check_refusal, check_usage
 
-from dydiff import workers
 from dydiff.runs import read_log, read_run
 
 REPOSITORY = Path(__file__).parents[1]
 COMMANDS = ("train", "run", "collect", "report")
-
-
-def check_refusal(outcome, *parts: str) -> None:
-    """The command failed with one readable paragraph that holds all `parts`."""
-    assert outcome.status == 1, outcome.errors
-    (line,) = (line for line in outcome.errors.splitlines() if line.startswith("error: "))
-    assert outcome.errors.rstrip().endswith(line), "something follows the message"
-    assert "Traceback" not in outcome.errors
-    for part in parts:
-        assert part in line, line
-
-
-def check_usage(outcome, *parts: str) -> None:
-    """argparse refused the command: usage, then one line that holds all `parts`."""
-    assert outcome.status == 2 and outcome.errors.startswith("usage: ")
-    line = outcome.errors.splitlines()[-1]
-    for part in ("error: ", *parts):
-        assert part in line, line
-
-
-@pytest.fixture
-def dataset_file(dataset_folder, tmp_path) -> Path:
-    """A copy of the dataset that a test may damage."""
-    return Path(shutil.copy(dataset_folder / f"{DATASET}.hdf5", tmp_path / "copy.hdf5"))
 
 
 # Help and typing mistakes
@@ -106,27 +79,6 @@ def test_booleans_as_people_type_them(command):
 # Mistakes in what a command is given
 
 
-@pytest.fixture
-def train(command, tmp_path):
-    """Runs `dydiff train` with tiny settings under tmp_path/runs."""
-
-    def run(dataset: object, *more: str):
-        return command("train", "-m", dataset, "--rl_model_type=MLP_RL", *tiny.TRAIN, f"--outdir={tmp_path / 'runs'}", *more)
-
-    return run
-
-
-@pytest.fixture
-def run_stage(command, tmp_path):
-    """Runs `dydiff run` on a tiny experiment of one stage under tmp_path/runs."""
-
-    def run(stage: str, dataset: object, *more: str, variables: dict | None = None, root: Path = tmp_path / "runs"):
-        file = tiny.write_experiment(tmp_path / "experiment.yaml", stage, str(dataset), variables)
-        return command("run", "-e", file, f"--outdir={root}", *(more or ["--device=cpu"]))
-
-    return run
-
-
 def test_missing_dataset(train, run_stage, tmp_path):
     check_refusal(train("hopper-medium-expert-v9"), "'hopper-medium-expert-v9'")
     check_refusal(train(tmp_path / "none.hdf5"), "none.hdf5")
@@ -134,40 +86,13 @@ def test_missing_dataset(train, run_stage, tmp_path):
     assert not list((tmp_path / "runs").iterdir()), "an empty run folder was left behind"
 
 
-def test_damaged_datasets(train, run_stage, dataset_file):
-    whole = dataset_file.read_bytes()
-    dataset_file.write_bytes(whole[: len(whole) // 2])
-    check_refusal(train(dataset_file), "truncated or damaged")
-    dataset_file.write_bytes(b"<html>")
-    check_refusal(run_stage("dynamics", dataset_file), "is not an HDF5 file")
-
-
-@pytest.mark.parametrize(
-    "damage, parts",
-    [
-        (lambda file: file["observations"].__setitem__((7, 1), float("nan")), ["observations", "NaN", "row 7"]),
-        (lambda file: file["rewards"].__setitem__(9, float("inf")), ["rewards", "row 9"]),
-        (lambda file: file["actions"].__setitem__((5, 0), 40.0), ["actions outside", "row 5"]),
-        (lambda file: file.__delitem__("terminals"), ["lacks terminals"]),
-        (lambda file: replace(file, "actions", file["actions"][:100]), ["actions has 100 rows"]),
-        (lambda file: replace(file, "observations", file["observations"][:, :3]), ["3 observation", "maze2d-umaze"]),
-    ],
-)
-def test_wrong_content_of_a_dataset(run_stage, dataset_file, damage, parts):
-    with h5py.File(dataset_file, "a") as file:
-        damage(file)
-    check_refusal(run_stage("dynamics", dataset_file), "copy.hdf5", *parts)
-
-
-def replace(file: h5py.File, key: str, values: object) -> None:
-    del file[key]
-    file[key] = values
-
-
-def test_unknown_environment(run_stage, dataset_file):
+def test_unknown_environment(run_stage, command, dataset_file):
     with h5py.File(dataset_file, "a") as file:
         del file["metadata"]
     check_refusal(run_stage("td3_bc", dataset_file), "does not say which environment", "env_specs.env_name")
+    (dataset_file.parent / "model.pkl").write_bytes(b"")
+    imported = command("import", dataset_file.parent / "model.pkl", "--dataset", dataset_file)
+    check_refusal(imported, "does not say which environment", "--environment of `dydiff import`")
     check_refusal(run_stage("reward", dataset_file, "--device=cpu", "--set=env_specs.env_name=hoper"), "'hoper'", "hopper")
     check_refusal(run_stage("reward", dataset_file, "--device=cpu", "--set=env_specs.env_name=hopper"), "11", "4")
 
@@ -206,14 +131,6 @@ def test_unwritable_folders(command, run_stage, dataset, tmp_path):
         check_refusal(command("collect", DATASET, "--steps=20", f"--path={root / 'x.hdf5'}"), str(root))
 
 
-def test_mistakes_in_an_experiment_file(run_stage, command, dataset, tmp_path):
-    check_refusal(run_stage("reward", dataset, "--device=cpu", "--set=model_params.lrr=1"), "model_params.lrr", "'lr'")
-    check_refusal(run_stage("reward", dataset, "--device=cpu", "--set=model_params.lr=fast"), "model_params.lr", "'fast'")
-    check_refusal(command("run", "-e", tmp_path / "none.yaml"), "none.yaml", "No such file")
-    (tmp_path / "bad.yaml").write_text("constants: [")
-    check_refusal(command("run", "-e", tmp_path / "bad.yaml"), "bad.yaml", "is not plain YAML")
-
-
 @pytest.mark.parametrize(
     "setting",
     [
@@ -247,10 +164,12 @@ def test_networks_that_cannot_be_built(train, dataset):
     check_refusal(train(dataset, "--include_action=False"), "--cond_on_action=True needs --include_action=True")
 
 
-def test_rollouts_refuse_a_model_without_actions(train, run_stage, dataset, trained, tmp_path):
+def test_rollouts_refuse_models_that_were_shown_less(train, run_stage, dataset, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "runs")
-    assert train(dataset, "--include_action=False", "--cond_on_action=False").status == 0
-    check_refusal(run_stage("td3_bc", dataset), "--include_action=False")
+    for option in ("include_action", "cond_on_action", "use_cond"):
+        more = ["--cond_on_action=False"] if option == "include_action" else []
+        assert train(dataset, f"--{option}=False", *more).status == 0
+        check_refusal(run_stage("td3_bc", dataset), f"was trained with --{option}=False", f"Train one with --{option}=True")
 
 
 # Runs and their folders
@@ -312,68 +231,3 @@ def test_run_folder_tells_what_was_run(run_stage, dataset, tmp_path):
     # The description identifies nothing: with another one the run is still found.
     outcome = run_stage("reward", dataset, "--device=cpu", "--resume", "--set=model_params.lr=2e-3")
     assert "Already finished" in outcome.output and len(list((tmp_path / "runs").iterdir())) == 1
-
-
-# Sweeps
-
-
-@pytest.fixture
-def processes(monkeypatch) -> list[tuple[subprocess.Popen, int]]:
-    """The worker processes that a sweep starts, each with the number of those that ran beside it at its start."""
-    started: list[tuple[subprocess.Popen, int]] = []
-
-    class Recorded(subprocess.Popen):
-        def __init__(self, command, stdout, stderr, env, start_new_session):
-            beside = sum(process.poll() is None for process, _ in started)
-            super().__init__(command, stdout=stdout, stderr=stderr, env=env, start_new_session=start_new_session)
-            started.append((self, beside))
-
-    monkeypatch.setattr(workers.subprocess, "Popen", Recorded)
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    return started
-
-
-def test_sweep_with_a_failing_variant(run_stage, dataset, tmp_path, processes):
-    variables = {"model_params.lr": [1e-3, 1e30, 2e-3]}
-    options = ["--device=cpu", "--set=meta_data.num_workers=2"]
-    outcome = run_stage("reward", dataset, *options, variables=variables)
-    check_refusal(outcome, "1 of 3 variants failed", "lr=1e_30-s0/output.log", "--resume")
-    runs = sorted((tmp_path / "runs").iterdir())
-    assert [read_run(run)["status"] for run in runs] == ["finished", "failed", "finished"]
-    assert [(run / "model.safetensors").exists() for run in runs] == [True, False, True]
-    assert "error: " in (runs[1] / "output.log").read_text()
-    besides = [beside for _, beside in processes]  # how many ran when each started; both of the first may end within one look
-    assert besides[:2] == [0, 1] and max(besides) == 1, "variants did not run two at a time"
-
-    # Resuming runs only what is not finished, and in its folder.
-    outcome = run_stage("reward", dataset, *options, "--resume", variables=variables)
-    check_refusal(outcome)
-    assert outcome.output.count("Already finished") == 2 and sorted((tmp_path / "runs").iterdir()) == runs
-    assert len(processes) == 3, "a finished variant ran again"
-    assert not list(tmp_path.glob("**/*.part"))
-
-
-def test_sweep_passes_a_signal_on_and_waits(run_stage, dataset, tmp_path, processes):
-    def interrupt_when_training(seconds: float) -> None:
-        """Stand in for the pause between looks at the workers."""
-        time.sleep(0.02)
-        logs = list((tmp_path / "runs").glob("*/log.jsonl"))
-        if len(logs) == 2 and all(log.stat().st_size for log in logs):
-            # A terminal's Ctrl-C reaches every process of its session; a worker's second signal would cut its saving short.
-            assert all(os.getsid(process.pid) == process.pid for process, _ in processes)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    variables = {"seed": [1, 2]}
-    options = [
-        "--device=cpu",
-        "--set=meta_data.num_workers=2",
-        "--set=model_params.max_epochs=100000",
-        "--set=model_params.patience=100000",
-    ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workers, "time", SimpleNamespace(sleep=interrupt_when_training))
-        outcome = run_stage("reward", dataset, *options, variables=variables)
-    check_refusal(outcome, "Stopped by signal 15", "--resume")
-    assert [process.poll() for process, _ in processes] == [1, 1]
-    for run in (tmp_path / "runs").iterdir():
-        assert read_run(run)["status"] == "interrupted" and (run / "state.safetensors").exists()

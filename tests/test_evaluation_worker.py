@@ -14,15 +14,16 @@ import torch
 from dydiff.agents import AGENTS
 from dydiff.checkpoint import load_checkpoint
 from dydiff.data import Limits, Spaces, ZScore
+from dydiff.drive import Interrupted, drive
 from dydiff.environments import environment_spec
 from dydiff.errors import DydiffError
 from dydiff.evaluation_worker import EvaluationWorker, PolicyEvaluator, describe_evaluation
 from dydiff.experiment import load_experiment
 from dydiff.models import POLICY
-from dydiff.policy_stage import build_policy
+from dydiff.policy_stage import build_policies
 from dydiff.problem import load_problem
 from dydiff.progress import Progress
-from dydiff.runs import Interrupted, Run, drive, read_log
+from dydiff.runs import Run, read_log
 
 MODELS = {
     "td3_bc": {"observation_dim": 11, "action_dim": 3, "hidden_dims": [8]},
@@ -49,9 +50,9 @@ def test_a_worker_finds_the_same_numbers():
     scores = []
     for seed in (0, 1):
         state = initial_state("diffusion_ql", seed)
-        beside.submit(state, seed=5)
+        ticket = beside.submit(state, seed=5)
         scores.append(without_time(here.evaluate(state, seed=5)))
-        assert without_time(beside.take()) == scores[-1]
+        assert without_time(beside.take(ticket)) == scores[-1]
     assert scores[0] != scores[1]
     beside.close()
 
@@ -60,19 +61,18 @@ def test_failures_name_environment_and_seed():
     worker = EvaluationWorker(describe("td3_bc"))
     state = initial_state("td3_bc", 0)
     diverged = {**state, "policy": {name: weight * torch.nan for name, weight in state["policy"].items()}}
-    worker.submit(diverged, seed=7)
-    with pytest.raises(DydiffError, match="non-finite action in hopper.*seed"):
-        worker.take()
-    worker.submit({"nothing": 0}, seed=8)
+    first, second = worker.submit(diverged, seed=7), worker.submit({"nothing": 0}, seed=8)
     with pytest.raises(DydiffError, match="hopper with seed 8.*KeyError"):
-        worker.take()
+        worker.take(second)
+    assert worker.ready(first)
+    with pytest.raises(DydiffError, match="non-finite action in hopper.*seed"):
+        worker.take(first)
     worker.submit(state, seed=9)
+    after = worker.submit(state, seed=9)
     os.kill(worker._process.pid, signal.SIGKILL)
     worker._process.wait()
-    if worker.ready:  # it may have been quicker
-        with pytest.raises(DydiffError, match="hopper with seed 9 ended by SIGKILL.*evaluation_worker"):
-            worker.take()
-            worker.take()
+    with pytest.raises(DydiffError, match="hopper with seed 9 ended by SIGKILL.*evaluation_worker"):
+        worker.take(after)
     with pytest.raises(DydiffError, match="hopper.*SIGKILL"):
         worker.submit(state, seed=10)
 
@@ -82,7 +82,7 @@ def train(folder, file, dataset, beside: bool, stop_after: int | None = None) ->
     settings = [f"rl_trainer_params.evaluation_worker={beside}", "rl_trainer_params.eval_freq=2"]
     (variant,) = load_experiment(str(file), settings, None).variants
     problem = load_problem(dataset)
-    stage = build_policy(variant, problem, "cpu", {}, Progress("test"))
+    (stage,) = build_policies([variant], problem, "cpu", {}, Progress("test"))
     run = Run(folder, "policy", problem.dataset, {})
 
     def on_epoch(record: dict[str, float]) -> None:

@@ -46,11 +46,14 @@ def read_lines(file: Path) -> list[dict]:
 
 
 def test_records_of_updates(tmp_path, capsys):
-    options = f"--quick --seconds=0.01 --device=cpu --cases=td3bc,replay_insert --variants=published,eager --json={tmp_path}/json"
+    options = f"--quick --seconds=0.01 --device=cpu --variants=published,eager --json={tmp_path}/json"
+    options += " --cases=td3bc,four_seeds,replay_insert"
     assert updates_speed.main([*options.split(), f"--plot={tmp_path}/plot.png"]) == 0
     assert [(line["case"], line["variant"]) for line in read_lines(tmp_path / "json")] == [
         ("td3bc", "published"),
         ("td3bc", "eager"),
+        ("four_seeds", "eager, alone"),
+        ("four_seeds", "eager, together"),
         ("replay_insert", "published"),
         ("replay_insert", "ours"),
     ]

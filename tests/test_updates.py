@@ -63,13 +63,12 @@ def test_modes_agree_step_by_step(name, mode):
     ours, plain = make_updates(name, mode), make_updates(name, "eager")
     for step in range(5):
         if step == 3:  # another mixture, and other weights in the very same place
-            ours.synthetic.extend(transitions(20, seed=4))
-            plain.synthetic.extend(transitions(20, seed=4))
-            saved = copy.deepcopy(plain.agent.state_dict())
-            ours.agent.load_state_dict(saved)
+            ours.learners[0].synthetic.extend(transitions(20, seed=4))
+            plain.learners[0].synthetic.extend(transitions(20, seed=4))
+            ours.learners[0].agent.load_state_dict(copy.deepcopy(plain.learners[0].agent.state_dict()))
         assert_close(ours.run(1), plain.run(1), f"step {step}")
-        assert_close(ours.agent.state_dict(), plain.agent.state_dict(), f"step {step}")
-    assert torch.equal(ours.generator.get_state(), plain.generator.get_state())
+        assert_close(ours.learners[0].agent.state_dict(), plain.learners[0].agent.state_dict(), f"step {step}")
+    assert torch.equal(ours.learners[0].generator.get_state(), plain.learners[0].generator.get_state())
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
@@ -79,7 +78,7 @@ def test_graphs_of_several_updates_agree(name):
     ours, plain = make_updates(name, "graph", **options), make_updates(name, "eager", **options)
     for _ in range(3):  # captured, replayed, and a remainder
         assert_close(ours.run(23), plain.run(23))
-    assert_close(ours.agent.state_dict(), plain.agent.state_dict())
+    assert_close(ours.learners[0].agent.state_dict(), plain.learners[0].agent.state_dict())
 
 
 @pytest.mark.parametrize("mode", ["eager", *FAST_MODES])
@@ -95,12 +94,13 @@ def test_a_run_is_a_plain_loop(num_synthetic):
     updates, other = make_updates("td3_bc", "eager", num_synthetic), make_updates("td3_bc", "eager", num_synthetic)
     done = []
     figures = updates.run(4, done.append)
-    agent, random, logs = other.agent, other.generator, []
+    ((agent, real, synthetic, random), logs) = *other.learners, []
     for _ in range(4):
-        batch = sample_mixed(other.real, other.synthetic, BATCH, 9 if num_synthetic else BATCH, random)
+        batch = sample_mixed(real, synthetic, BATCH, 9 if num_synthetic else BATCH, random)
         logs.append(agent.update(batch, agent.draw_noise(BATCH, random)))
-    assert_close(updates.agent.state_dict(), agent.state_dict())
-    assert done == [1] * 4 and updates.agent.step == 4
+    ours = updates.learners[0].agent
+    assert_close(ours.state_dict(), agent.state_dict())
+    assert done == [1] * 4 and ours.step == 4
     for name, value in figures.items():  # the policy moved twice, and its loss is the mean over these
         values = [float(log[name]) for log in logs if name in log]
         assert len(values) == (2 if name in ("policy_loss", "cloning_loss") else 4)
@@ -128,7 +128,7 @@ def test_graphs_are_made_once_per_pattern(monkeypatch):
     for _ in range(3):
         assert_close(ours.run(24), plain.run(24))
     assert (len(warmed), len(captured)) == (2, 2)  # of ten updates and of four
-    assert_close(ours.agent.state_dict(), plain.agent.state_dict())
+    assert_close(ours.learners[0].agent.state_dict(), plain.learners[0].agent.state_dict())
 
 
 def test_choice_of_the_mode(monkeypatch):

@@ -89,32 +89,35 @@ class CQL:
         """Loss of each critic `[2]`, its conservative part before the weight `[2]`, and the values `[2, B]`."""
         with torch.no_grad():
             next_action, next_log_prob = self.policy.sample_with_log_prob(batch.next_observation, noise.next_action)
-            next_value = _evaluate(self.target_critics, batch.next_observation, next_action).amin(dim=0)
+            next_value = _evaluate(self.target_critics, batch.next_observation, next_action).amin(dim=-2)
             if self.entropy_backup:
-                next_value = next_value - self.log_alpha.exp() * next_log_prob
+                next_value = next_value - self.log_alpha.exp().unsqueeze(-1) * next_log_prob
             target = batch.reward + self.discount * (1 - batch.terminal) * next_value
         value = _evaluate(self.critics, batch.observation, batch.action)
-        conservative = self._soft_maximum(batch, noise).mean(dim=1) - value.mean(dim=1)
-        return (value - target).square().mean(dim=1) + self.min_q_weight * conservative, conservative, value
+        conservative = self._soft_maximum(batch, noise).mean(dim=-1) - value.mean(dim=-1)
+        error = (value - target.unsqueeze(-2)).square().mean(dim=-1)
+        return error + self.min_q_weight * conservative, conservative, value
 
     def _soft_maximum(self, batch: Transitions, noise: CQLNoise) -> Tensor:
         """Log of the integral of exp Q over all actions, `[2, B]`, by importance sampling (appendix F): a third of the
         actions each is uniform, from the policy here, and from the policy at the next observation."""
         with torch.no_grad():
-            current, current_log_prob = self.policy.sample_with_log_prob(batch.observation[:, None], noise.current_actions)
-            following, following_log_prob = self.policy.sample_with_log_prob(batch.next_observation[:, None], noise.next_actions)
+            here, there = batch.observation.unsqueeze(-2), batch.next_observation.unsqueeze(-2)  # [B, 1, O]
+            current, current_log_prob = self.policy.sample_with_log_prob(here, noise.current_actions)
+            following, following_log_prob = self.policy.sample_with_log_prob(there, noise.next_actions)
             uniform_log_prob = torch.full_like(current_log_prob, -self.action_dim * math.log(2))
-            action = torch.cat([noise.random_actions, current, following], dim=1)  # [B, 3R, A]
-            log_prob = torch.cat([uniform_log_prob, current_log_prob, following_log_prob], dim=1)  # [B, 3R]
-            observation = batch.observation[:, None].expand(-1, action.shape[1], -1)
-        value = _evaluate(self.critics, observation.flatten(0, 1), action.flatten(0, 1)).view(2, *log_prob.shape)
-        return torch.logsumexp(value - log_prob, dim=2) - math.log(log_prob.shape[1])
+            action = torch.cat([noise.random_actions, current, following], dim=-2)  # [B, 3R, A]
+            log_prob = torch.cat([uniform_log_prob, current_log_prob, following_log_prob], dim=-1)  # [B, 3R]
+            observation = here.expand(*action.shape[:-1], -1)
+        value = _evaluate(self.critics, observation.flatten(-3, -2), action.flatten(-3, -2))  # [2, B * 3R]
+        value = value.unflatten(-1, log_prob.shape[-2:]) - log_prob.unsqueeze(-3)
+        return torch.logsumexp(value, dim=-1) - math.log(log_prob.shape[-1])
 
     def policy_loss(self, batch: Transitions, noise: CQLNoise) -> tuple[Tensor, Tensor]:
-        """`mean(alpha log pi - min Q)`, 0-dim, and log pi `[B]`."""
+        """`mean(alpha log pi - min Q)` and log pi `[B]`."""
         action, log_prob = self.policy.sample_with_log_prob(batch.observation, noise.policy_action)
-        value = _evaluate(self.critics, batch.observation, action).amin(dim=0)
-        return (self.log_alpha.detach().exp() * log_prob - value).mean(), log_prob
+        value = _evaluate(self.critics, batch.observation, action).amin(dim=-2)
+        return (self.log_alpha.detach().exp().unsqueeze(-1) * log_prob - value).mean(dim=-1), log_prob
 
     def variant(self) -> tuple[bool, ...]:
         """What the host's step counter decides for the next update: nothing."""
@@ -123,19 +126,19 @@ class CQL:
     def apply_update(self, batch: Transitions, noise: CQLNoise, variant: tuple[bool, ...]) -> dict[str, Tensor]:
         """The device work of one update, free of host synchronisation."""
         critic_loss, conservative, value = self.critic_loss(batch, noise)
-        self.critic_optimizer.descend(critic_loss.sum())
+        self.critic_optimizer.descend(critic_loss)
         policy_loss, log_prob = self.policy_loss(batch, noise)
         self.policy_optimizer.descend(policy_loss)
         if self.auto_entropy:
-            alpha_loss = -self.log_alpha * (log_prob.detach().mean() + self.target_entropy)
+            alpha_loss = -self.log_alpha * (log_prob.detach().mean(dim=-1) + self.target_entropy)
             self.alpha_optimizer.descend(alpha_loss)
         move_target(self.target_critics, self.critics, self.tau)
         return {
-            "critic_loss": critic_loss.detach().sum(),
-            "conservative_loss": conservative.detach().sum(),
-            "q_mean": value.detach().mean(),
+            "critic_loss": critic_loss.detach().sum(dim=-1),
+            "conservative_loss": conservative.detach().sum(dim=-1),
+            "q_mean": value.detach().mean(dim=(-2, -1)),
             "policy_loss": policy_loss.detach(),
-            "entropy": -log_prob.detach().mean(),
+            "entropy": -log_prob.detach().mean(dim=-1),
             "alpha": self.log_alpha.detach().exp(),
         }
 

@@ -44,7 +44,8 @@ def make_betas(schedule: str, num_steps: int) -> Tensor:
 class DiffusionActor(nn.Module):
     """Predicts the noise in an action: input `[a_t, e(t), o]`, 3 x (Linear 256, Mish), Linear (SPEC section 7).
 
-    Actions live in [-1, 1]; `B` below may be any single leading dimension. Noise is always an argument.
+    Actions live in [-1, 1]; `B` below may be any single leading dimension. Noise is always an argument. Where the weights are
+    stacked over seeds (`dydiff.agents.stack`), everything has that dimension in front.
     """
 
     def __init__(
@@ -86,7 +87,8 @@ class DiffusionActor(nn.Module):
 
     def forward(self, noisy_action: Tensor, step: Tensor, observation: Tensor) -> Tensor:
         """Predicted noise `[B, A]` in `noisy_action [B, A]` at integer `step [B]`, 0 .. T-1."""
-        embedding = self.step_embedding(self.step_features)[step]  # all T steps are cheaper than B of them
+        embedding = self.step_embedding(self.step_features)  # [T, 16]: all T steps are cheaper than B of them
+        embedding = embedding.take_along_dim(step.unsqueeze(-1), dim=-2)  # [B, 16]
         return self.network(torch.cat([noisy_action, embedding, observation], dim=-1))
 
     def predict_start(self, noisy_action: Tensor, step: Tensor, noise: Tensor) -> Tensor:
@@ -95,10 +97,10 @@ class DiffusionActor(nn.Module):
         return start.clamp(-1, 1)
 
     def denoising_loss(self, action: Tensor, observation: Tensor, step: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean squared error of the predicted noise (0-dim) and the one-step reconstruction of the action `[B, A]`."""
+        """Mean squared error of the predicted noise `[]` and the one-step reconstruction of the action `[B, A]`."""
         noisy = self.signal_scale[step, None] * action + self.noise_scale[step, None] * noise
         predicted = self(noisy, step, observation)
-        return (predicted - noise).square().mean(), self.predict_start(noisy, step, predicted)
+        return (predicted - noise).square().mean(dim=(-2, -1)), self.predict_start(noisy, step, predicted)
 
     def sample(self, observation: Tensor, initial_noise: Tensor, step_noise: Tensor) -> Tensor:
         """Action `[B, A]` of `observation [B, O]` by the DDPM posterior (arXiv 2006.11239, eqs. 6 and 7).
@@ -107,8 +109,9 @@ class DiffusionActor(nn.Module):
         """
         embedding = self.step_embedding(self.step_features)
         noisy = initial_noise
-        for t, noise in zip(reversed(range(self.n_timesteps)), step_noise, strict=True):
-            inputs = torch.cat([noisy, embedding[t].expand(len(noisy), -1), observation], dim=-1)
+        for t, noise in zip(reversed(range(self.n_timesteps)), step_noise.unbind(-3), strict=True):
+            step_embedding = embedding[..., t, None, :].expand(*noisy.shape[:-1], -1)
+            inputs = torch.cat([noisy, step_embedding, observation], dim=-1)
             start = self.start_from_noisy[t] * noisy - self.start_from_noise[t] * self.network(inputs)
             mean = self.posterior_from_start[t] * start.clamp(-1, 1) + self.posterior_from_noisy[t] * noisy
             noisy = mean + self.posterior_std[t] * noise

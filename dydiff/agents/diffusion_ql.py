@@ -131,20 +131,20 @@ class DiffusionQL:
     def critic_loss(self, batch: Transitions, noise: DiffusionQLNoise) -> tuple[Tensor, Tensor]:
         """Loss of each critic `[2]`, mean((Q - y)^2), and the values `[2, B]`."""
         with torch.no_grad():
-            next_observation = batch.next_observation.repeat_interleave(self.backup_samples, dim=0)  # [B * M, O]
+            next_observation = batch.next_observation.repeat_interleave(self.backup_samples, dim=-2)  # [B * M, O]
             next_action = self.ema_actor.sample(next_observation, noise.next_initial, noise.next_steps)
             next_value = self._target_value(next_observation, next_action)
-            best_value = next_value.view(2, -1, self.backup_samples).amax(dim=2).amin(dim=0)  # [B]
+            best_value = next_value.unflatten(-1, (-1, self.backup_samples)).amax(dim=-1).amin(dim=-2)  # [B]
             target = batch.reward + self.discount * (1 - batch.terminal) * best_value
         value = self.critics(torch.cat([batch.observation, batch.action], dim=-1)).squeeze(-1)
-        return (value - target).square().mean(dim=1), value
+        return (value - target.unsqueeze(-2)).square().mean(dim=-1), value
 
     def policy_loss(self, batch: Transitions, noise: DiffusionQLNoise) -> tuple[Tensor, Tensor, Tensor]:
         """Noise-prediction loss plus eta times q-loss, then the two alone; the q-loss is -mean Q_i / mean|Q_j|."""
         cloning, action = self.actor.denoising_loss(batch.action, batch.observation, noise.step, noise.action)
         value = self.critics(torch.cat([batch.observation, action], dim=-1)).squeeze(-1)  # [2, B]
-        scale = value.detach().abs().mean(dim=1)[1 - noise.numerator]
-        q_loss = (-value.mean(dim=1)[noise.numerator] / scale).squeeze(0)
+        scale = value.detach().abs().mean(dim=-1).gather(-1, 1 - noise.numerator)
+        q_loss = (-value.mean(dim=-1).gather(-1, noise.numerator) / scale).squeeze(-1)
         return cloning + self.eta * q_loss, cloning, q_loss
 
     def variant(self) -> tuple[bool, ...]:
@@ -154,7 +154,7 @@ class DiffusionQL:
     def apply_update(self, batch: Transitions, noise: DiffusionQLNoise, variant: tuple[bool, ...]) -> dict[str, Tensor]:
         """The device work of one update, free of host synchronisation."""
         critic_loss, value = self.critic_loss(batch, noise)
-        critic_norm = self.critic_optimizer.descend(critic_loss.sum(), self.max_norm)
+        critic_norm = self.critic_optimizer.descend(critic_loss, self.max_norm)
         policy_loss, cloning, q_loss = self.policy_loss(batch, noise)
         actor_norm = self.actor_optimizer.descend(policy_loss, self.max_norm)
         (moves_ema,) = variant
@@ -162,8 +162,8 @@ class DiffusionQL:
             move_target(self.ema_actor, self.actor, 1 - self.ema_decay)
         move_target(self.target_critics, self.critics, self.tau)
         return {
-            "critic_loss": critic_loss.detach().sum(),
-            "q_mean": value.detach().mean(),
+            "critic_loss": critic_loss.detach().sum(dim=-1),
+            "q_mean": value.detach().mean(dim=(-2, -1)),
             "policy_loss": policy_loss.detach(),
             "cloning_loss": cloning.detach(),
             "q_loss": q_loss.detach(),

@@ -75,16 +75,16 @@ class TD3BC:
         with torch.no_grad():
             next_action = self.target_policy.sample(batch.next_observation, noise.next_action)
             next_value = self.target_critics(torch.cat([batch.next_observation, next_action], dim=-1)).squeeze(-1)
-            target = batch.reward + self.discount * (1 - batch.terminal) * next_value.amin(dim=0)  # [B]
+            target = batch.reward + self.discount * (1 - batch.terminal) * next_value.amin(dim=-2)  # [B]
         value = self.critics(torch.cat([batch.observation, batch.action], dim=-1)).squeeze(-1)
-        return 0.5 * (value - target).square().mean(dim=1), value
+        return 0.5 * (value - target.unsqueeze(-2)).square().mean(dim=-1), value
 
     def policy_loss(self, batch: Transitions, noise: TD3BCNoise) -> tuple[Tensor, Tensor]:
         """`-lambda mean Q1 + 0.5 mean((pi(o) - a)^2)` with lambda = alpha / mean|Q1|, and the cloning term alone."""
         action = self.policy.sample(batch.observation, noise.policy_action)
-        value = self.critics.forward_member(0, torch.cat([batch.observation, action], dim=-1))
-        cloning = 0.5 * (action - batch.action).square().mean()
-        return cloning - self.alpha * value.mean() / value.detach().abs().mean(), cloning
+        value = self.critics.forward_member(0, torch.cat([batch.observation, action], dim=-1)).squeeze(-1)
+        cloning = 0.5 * (action - batch.action).square().mean(dim=(-2, -1))
+        return cloning - self.alpha * value.mean(dim=-1) / value.detach().abs().mean(dim=-1), cloning
 
     def variant(self) -> tuple[bool, ...]:
         """What the host's step counter decides for the next update: equal variants run the same device work."""
@@ -93,8 +93,8 @@ class TD3BC:
     def apply_update(self, batch: Transitions, noise: TD3BCNoise, variant: tuple[bool, ...]) -> dict[str, Tensor]:
         """The device work of one update, free of host synchronisation."""
         critic_loss, value = self.critic_loss(batch, noise)
-        self.critic_optimizer.descend(critic_loss.sum())
-        log = {"critic_loss": critic_loss.detach().sum(), "q_mean": value.detach().mean()}
+        self.critic_optimizer.descend(critic_loss)
+        log = {"critic_loss": critic_loss.detach().sum(dim=-1), "q_mean": value.detach().mean(dim=(-2, -1))}
         (moves_policy,) = variant
         if moves_policy:
             policy_loss, cloning = self.policy_loss(batch, noise)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -37,24 +38,30 @@ class Adam:
         self.step = torch.zeros((), device=device)
         self.mean = [torch.zeros_like(parameter) for parameter in self.parameters]
         self.square = [torch.zeros_like(parameter) for parameter in self.parameters]
+        self.stacked = False  # whether the parameters' first dimension is that of seeds
 
     def descend(self, loss: Tensor, max_norm: float | None = None) -> Tensor | None:
-        """One step down `loss` in these parameters only: no other network gets a gradient. Returns the norm if clipped.
+        """One step down the sum of `loss` in these parameters only: no other network gets a gradient.
 
-        With `max_norm` the gradient of all parameters together is scaled down to that norm where it is longer.
+        With `max_norm` the gradient of all parameters together (of one seed, where they are stacked) is scaled down to that norm
+        where it is longer; returns the norm before, `[]` or `[S]`.
         """
-        gradients = torch.autograd.grad(loss, self.parameters)
+        gradients = torch.autograd.grad(loss.sum(), self.parameters)
         with torch.no_grad():
             norm = None
             if max_norm is not None:
-                norm = torch.stack(torch._foreach_norm(gradients)).norm()
-                torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+                norms = [torch.linalg.vector_norm(each.flatten(int(self.stacked)), dim=-1) for each in gradients]
+                norm = torch.stack(norms).norm(dim=0)
+                scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+                for each in gradients:
+                    each.mul_(scale.view(*scale.shape, *[1] * (each.dim() - scale.dim())))
             self._step_down(gradients)
         return norm
 
     def _step_down(self, gradients: Sequence[Tensor]) -> None:
         self.step += 1
         if not is_compiling():
+            gradients = [each.contiguous() for each in gradients]  # the kernel goes by memory, not by strides
             steps = [self.step] * len(gradients)
             hyper = {"beta1": BETA1, "beta2": BETA2, "weight_decay": 0.0, "eps": EPS, "amsgrad": False, "maximize": False}
             torch._fused_adam_(self.parameters, gradients, self.mean, self.square, [], steps, lr=self.lr, **hyper)
@@ -64,11 +71,15 @@ class Adam:
         torch._foreach_mul_(self.square, BETA2)
         torch._foreach_addcmul_(self.square, gradients, gradients, 1 - BETA2)
         deviation = torch._foreach_sqrt(self.square)
-        torch._foreach_div_(deviation, (1 - BETA2**self.step).sqrt())
+        torch._foreach_div_(deviation, self._correct_bias(BETA2).sqrt())
         torch._foreach_add_(deviation, EPS)
         change = torch._foreach_div(self.mean, deviation)
-        torch._foreach_mul_(change, -self.lr / (1 - BETA1**self.step))
+        torch._foreach_mul_(change, -self.lr / self._correct_bias(BETA1))
         torch._foreach_add_(self.parameters, change)
+
+    def _correct_bias(self, beta: float) -> Tensor:
+        """1 - beta^step, as an exponential: the compiler computes it once, but a power anew for every weight."""
+        return (1 - (self.step.double() * math.log(beta)).exp()).float()
 
     def state_dict(self) -> dict:
         """Learning rate, step count and moments (references, not copies)."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from dydiff.networks.mlp import find_activation
 
@@ -89,6 +90,6 @@ def _apply_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Linear maps `[*L, in, out]` with biases `[*L, 1, out]` of `x [*L, B, in]`."""
     if weight.shape[-1] == 1:  # a product with one column wastes a matrix multiplication, and cannot be fused with its neighbours
         return (x * weight.mT).sum(-1, keepdim=True) + bias
-    if weight.dim() == 3:
+    if weight.dim() == 3 and not is_compiling():  # the compiler adds the bias where it applies the activation
         return torch.baddbmm(bias, x, weight)
     return x @ weight + bias

@@ -44,6 +44,9 @@ class MLP(nn.Module):
     Parameters are called `layers.i.weight [out, in]` and `layers.i.bias [out]`. Both start uniform in ±1/sqrt(fan-in)
     and are drawn from `generator` (a CPU generator; None takes torch's global one). Raises DydiffError for an unknown
     activation.
+
+    Where the weights are stacked over S seeds (`dydiff.agents.stack`), it maps `[S, ..., input_dim]` or, shared by all seeds,
+    `[B, input_dim]` to `[S, ..., output_dim]`.
     """
 
     def __init__(
@@ -67,6 +70,17 @@ class MLP(nn.Module):
             nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers[:-1]:
-            x = self.activation(layer(x))
-        return self.layers[-1](x)
+        *hidden, last = [(layer.weight, layer.bias) for layer in self.layers]
+        if x.dim() < last[0].dim():
+            x = x.expand(len(last[0]), -1, -1)
+        for weight, bias in hidden:
+            x = self.activation(_apply_linear(x, weight, bias))
+        return _apply_linear(x, *last)
+
+
+def _apply_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear map `[out, in]` with bias `[out]` of `x [..., in]`, or one for every seed of `x [S, ..., in]`."""
+    if weight.dim() == 2:
+        return F.linear(x, weight, bias)
+    rows = torch.baddbmm(bias.unsqueeze(1), x.flatten(1, -2), weight.mT)
+    return rows.unflatten(1, x.shape[1:-1])
