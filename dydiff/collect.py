@@ -1,62 +1,124 @@
-"""Datasets made on this machine in D4RL's format: maze2d by D4RL's published recipe, locomotion with random actions.
+"""Datasets made on this machine in D4RL's format: maze2d by D4RL's published recipe, locomotion with the shipped policies.
 
 They are recorded with the installed MuJoCo, and their names end in "-local" so that nobody mistakes them for D4RL's.
 """
 
 from __future__ import annotations
 
+import json
+import math
+import os
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from dydiff.data import COLLECTOR, dataset_path, write_dataset
+from dydiff.behaviour import TanhGaussian, UniformPolicy, shipped_policies
+from dydiff.data import COLLECTOR, check_writable, dataset_path, write_dataset
+from dydiff.data.d4rl import LOCAL_SUFFIX
+from dydiff.data.files import METADATA, Scalar
 from dydiff.environments import EnvironmentSpec, environment_spec, simulator_version
+from dydiff.episodes import Part, Rows, record_parts
 from dydiff.errors import DydiffError
 
+LOCOMOTION = ("hopper", "halfcheetah", "walker2d")
+# The shipped policies that make a dataset, in the order of its rows.
+POLICIES = {
+    "random": (),
+    "medium": ("medium",),
+    "medium-replay": ("replay-*", "medium"),  # what was seen on the way to medium
+    "medium-expert": ("medium", "expert"),
+    "expert": ("expert",),
+}
 LOCAL_DATASETS = {
     **{f"maze2d-{layout}-local": f"maze2d-{layout}" for layout in ("umaze", "medium", "large")},
-    **{f"{environment}-random-local": environment for environment in ("hopper", "halfcheetah", "walker2d")},
+    **{f"{environment}-{quality}-local": environment for environment in LOCOMOTION for quality in POLICIES},
 }
 ACTION_NOISE = 0.5
-RECIPES = {
-    "dydiff-maze2d": "one continuous trajectory of D4RL's waypoint controller (Q-iteration, PD law) towards random "
+ROWS_PER_PROCESS = 20_000  # fewer are recorded before a process has started
+MAZE_RECIPE = (
+    "one continuous trajectory of D4RL's waypoint controller (Q-iteration, PD law) towards random "
     f"cells, actions plus N(0, {ACTION_NOISE}^2); timeouts mark reached or abandoned targets; the sparse reward of a "
-    "row belongs to its observation and to the layout's fixed goal",
-    "gymnasium-v4": "episodes of uniform random actions; the end of the file counts as a timeout",
-}
+    "row belongs to its observation and to the layout's fixed goal"
+)
 
 
-def collect(name: str, steps: int, seed: int, path: str | Path | None = None, progress: bool = True) -> Path:
+def collect(
+    name: str,
+    steps: int,
+    seed: int,
+    path: str | Path | None = None,
+    progress: bool = True,
+    processes: int | None = 1,
+) -> Path:
     """Record `steps` rows of a local dataset and write them as a D4RL file.
 
-    name: one of LOCAL_DATASETS. path: where to write; by default where `load_dataset(name)` looks. The arrays depend on
-    `name`, `steps`, `seed` and the simulator's version alone. Returns the path.
-    Raises DydiffError for an unknown name, for `steps` < 2 and where MuJoCo is missing.
+    name: one of LOCAL_DATASETS. path: where to write; by default where `load_dataset(name)` looks. processes: that record
+    locomotion; None: as many as there are cores. More than one must be asked for under `if __name__ == "__main__":`, as
+    always with multiprocessing. On one machine the arrays depend on `name`, `steps` and `seed` alone. Returns the path.
+    Raises DydiffError for an unknown name, for `steps` < 2, a negative seed, where MuJoCo is missing, and, before anything is
+    recorded, where the file cannot be written.
     Source: for maze2d, D4RL (arXiv 2004.07219) and its published generation scripts.
     """
     spec = _spec_of(name)
-    arrays = collect_arrays(name, steps, seed, progress)
-    metadata = {
+    path = check_writable(dataset_path(name) if path is None else path)
+    policies = _policies_of(name)
+    arrays = collect_arrays(name, steps, seed, progress, processes)
+    metadata: dict[str, Scalar] = {
         "source": COLLECTOR,
         "environment": spec.name,
         "backend": spec.backend,
         "mujoco_version": simulator_version(),
         "seed": seed,
         "steps": steps,
-        "recipe": RECIPES[spec.backend],
+        "recipe": _describe_recipe(spec, len(policies)),
     }
-    return write_dataset(dataset_path(name) if path is None else path, arrays, metadata)
+    if policies:
+        rows = _share(steps, len(policies))
+        facts = [{"rows": count, **policy.facts} for count, policy in zip(rows, policies, strict=True)]
+        metadata["policies"] = json.dumps(facts)
+    if len(policies) == 1:  # D4RL has a place for one
+        metadata |= {"policy/nonlinearity": "tanh", "policy/output_distribution": "tanh_gaussian"}
+        arrays |= {f"{METADATA}policy/{key}": values for key, values in policies[0].weights.items()}
+    return write_dataset(path, arrays, metadata)
 
 
-def collect_arrays(name: str, steps: int, seed: int, progress: bool = False) -> dict[str, np.ndarray]:
+def collect_arrays(name: str, steps: int, seed: int, progress: bool = False, processes: int | None = 1) -> Rows:
     """Record the arrays of a local dataset, by their keys in a D4RL file; see `collect`."""
     spec = _spec_of(name)
     if steps < 2:
         raise DydiffError(f"Collecting {name} needs at least 2 steps (one transition); {steps} were asked for.")
-    record = _record_maze if spec.gym_id is None else _record_random
+    if seed < 0:
+        raise DydiffError(f"Collecting {name} needs a seed of at least 0, not {seed}.")
     with tqdm(total=steps, desc=name, unit="row", unit_scale=True, disable=not progress) as bar:
-        return record(spec, steps, seed, bar)
+        if spec.gym_id is None:
+            return _record_maze(spec, steps, seed, bar)
+        policies = _policies_of(name) or [UniformPolicy(spec.action_low, spec.action_high)]
+        shares = zip(policies, _share(steps, len(policies)), strict=True)
+        parts = [Part(policy, rows) for policy, rows in shares if rows]
+        if processes is None:
+            processes = min(len(os.sched_getaffinity(0)), math.ceil(steps / ROWS_PER_PROCESS))
+        return record_parts(spec, parts, seed, processes, bar)
+
+
+def _policies_of(name: str) -> list[TanhGaussian]:
+    """The shipped policies that make a dataset, in the order of its rows; none for random actions and mazes."""
+    environment, _, quality = name.removesuffix(LOCAL_SUFFIX).partition("-")
+    roles = POLICIES.get(quality, ()) if environment in LOCOMOTION else ()
+    return [policy for role in roles for policy in shipped_policies(environment, role)]
+
+
+def _share(steps: int, count: int) -> list[int]:
+    """Divide `steps` rows into `count` nearly equal runs."""
+    return [steps * (index + 1) // count - steps * index // count for index in range(count)]
+
+
+def _describe_recipe(spec: EnvironmentSpec, policies: int) -> str:
+    if spec.gym_id is None:
+        return MAZE_RECIPE
+    actions = {0: "uniform random actions", 1: "the policy that stands under metadata/policy"}
+    by = actions.get(policies, f"{policies} policies in turn, which metadata/policies describes")
+    return f"whole episodes of {by}, actions drawn; the last row of each policy counts as a timeout"
 
 
 def _spec_of(name: str) -> EnvironmentSpec:
@@ -115,38 +177,4 @@ def _record_maze(spec: EnvironmentSpec, steps: int, seed: int, bar: tqdm) -> dic
         "infos/goal": goals,
         "infos/qpos": qpos_qvel[:, :2],
         "infos/qvel": qpos_qvel[:, 2:],
-    }
-
-
-def _record_random(spec: EnvironmentSpec, steps: int, seed: int, bar: tqdm) -> dict[str, np.ndarray]:
-    environment = spec.make()
-    simulation = environment.unwrapped.data
-    generator = np.random.default_rng(seed)
-    actions = generator.uniform(spec.action_low, spec.action_high, (steps, spec.action_dim)).astype(np.float32)
-    observations, next_observations = np.empty((2, steps, spec.observation_dim), np.float32)
-    qpos, qvel = np.empty((steps, simulation.qpos.size)), np.empty((steps, simulation.qvel.size))
-    rewards = np.empty(steps, np.float32)
-    terminals, timeouts = np.zeros((2, steps), bool)
-    observation, _ = environment.reset(seed=int(generator.integers(2**31)))
-    for row in range(steps):
-        observations[row], qpos[row], qvel[row] = observation, simulation.qpos, simulation.qvel
-        observation, rewards[row], terminals[row], timeouts[row], _ = environment.step(actions[row])
-        next_observations[row] = observation
-        if terminals[row] or timeouts[row]:
-            observation, _ = environment.reset()
-        if row % 1000 == 999:
-            bar.update(1000)
-    environment.close()
-    bar.update(steps - bar.n)
-    timeouts[-1] = True
-    timeouts &= ~terminals  # D4RL's files mark an episode's end once
-    return {
-        "observations": observations,
-        "actions": actions,
-        "next_observations": next_observations,
-        "rewards": rewards,
-        "terminals": terminals,
-        "timeouts": timeouts,
-        "infos/qpos": qpos,
-        "infos/qvel": qvel,
     }

@@ -60,6 +60,11 @@ class SimulatorBatch:
         except Exception as error:
             raise self._failure(index, "stepping", error) from error
 
+    def state(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the state that one environment is in, qpos [nq] and qvel [nv]: views, which the next step overwrites."""
+        data = self._environments[index].unwrapped.data
+        return data.qpos, data.qvel
+
     def choose(self, act: Act, observation: np.ndarray) -> np.ndarray:
         """Return the policy's actions [n, A] float32 at observations [n, O]; raises DydiffError for unusable ones."""
         action = np.asarray(act(observation), np.float32)

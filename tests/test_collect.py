@@ -1,8 +1,9 @@
-"""Locally collected datasets: D4RL's schema and statistics, and the same arrays for the same seed."""
+"""Locally collected datasets: D4RL's schema, maze2d's statistics, the same arrays for the same seed, early refusals."""
 
 import numpy as np
 import pytest
 
+import dydiff.collect
 from dydiff.collect import LOCAL_DATASETS, collect, collect_arrays
 from dydiff.data import load_dataset, make_transitions
 from dydiff.environments import environment_spec
@@ -64,24 +65,6 @@ def test_same_seed_same_arrays(name):
     assert not np.array_equal(first["actions"], other["actions"])
 
 
-def test_random_hopper_episodes():
-    arrays = collect_arrays("hopper-random-local", steps=1000, seed=0)
-    over = arrays["terminals"] | arrays["timeouts"]
-    assert not (arrays["terminals"] & arrays["timeouts"]).any()
-    assert over[-1] and 15 < np.diff(np.flatnonzero(over)).mean() < 30
-    within = np.flatnonzero(~over)
-    np.testing.assert_array_equal(arrays["next_observations"][within], arrays["observations"][within + 1])
-    assert np.any(arrays["next_observations"][:-1][over[:-1]] != arrays["observations"][1:][over[:-1]])
-    np.testing.assert_allclose(arrays["observations"][:, :5], arrays["infos/qpos"][:, 1:], rtol=1e-6)
-    assert np.abs(arrays["actions"]).max() > 0.99 and np.abs(arrays["actions"].mean(0)).max() < 0.1
-
-
-def test_random_halfcheetah_episodes_time_out():
-    arrays = collect_arrays("halfcheetah-random-local", steps=1500, seed=0)
-    assert np.flatnonzero(arrays["timeouts"]).tolist() == [999, 1499]
-    assert not arrays["terminals"].any()
-
-
 def test_file_is_a_dataset(tmp_path, monkeypatch):
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
     path = collect("maze2d-umaze-local", steps=500, seed=4, progress=False)
@@ -98,7 +81,27 @@ def test_file_is_a_dataset(tmp_path, monkeypatch):
 
 
 def test_unknown_names_and_counts_are_refused():
-    with pytest.raises(DydiffError, match="hopper-medium-local.*maze2d-umaze-local.*hopper-random-local"):
-        collect("hopper-medium-local", steps=10, seed=0)
+    with pytest.raises(DydiffError, match="hopper-full-replay-local.*maze2d-umaze-local.*hopper-random-local"):
+        collect("hopper-full-replay-local", steps=10, seed=0)
     with pytest.raises(DydiffError, match="at least 2 steps"):
-        collect("hopper-random-local", steps=1, seed=0)
+        collect_arrays("hopper-random-local", steps=1, seed=0)
+    with pytest.raises(DydiffError, match="at least 0, not -1"):
+        collect_arrays("hopper-random-local", steps=10, seed=-1)
+
+
+@pytest.mark.parametrize("place", ["folder", "file/below.hdf5", "/proc/dydiff/a.hdf5"])
+def test_a_path_that_cannot_be_written_is_refused_before_the_work(place, tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(dydiff.collect, "collect_arrays", lambda *_: pytest.fail("the work has begun"))
+    with pytest.raises(DydiffError, match="Cannot write the dataset .*choose another path"):
+        collect("hopper-random-local", steps=100, seed=0, path=tmp_path / place, progress=False)
+    assert sorted(entry.name for entry in tmp_path.rglob("*")) == ["file", "folder"]
+
+
+def test_a_refused_collection_leaves_an_older_file_alone(tmp_path):
+    path = collect("hopper-random-local", steps=50, seed=0, path=tmp_path / "a.hdf5", progress=False)
+    before = path.read_bytes()
+    with pytest.raises(DydiffError, match="at least 2 steps"):
+        collect("hopper-random-local", steps=1, seed=0, path=path, progress=False)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

@@ -7,7 +7,7 @@ from dydiff.data.sources import RawDataset, load_dataset, read_dataset
 from dydiff.data.spaces import Limits, Spaces, ZScore
 from dydiff.data.transitions import Transitions, make_transitions
 from dydiff.data.windows import PADDING, Windows, find_windows
-from dydiff.data.writer import write_dataset
+from dydiff.data.writer import check_writable, write_dataset
 
 __all__ = [
     "COLLECTOR",
@@ -19,6 +19,7 @@ __all__ = [
     "Transitions",
     "Windows",
     "ZScore",
+    "check_writable",
     "dataset_from_arrays",
     "dataset_path",
     "dataset_url",

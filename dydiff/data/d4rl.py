@@ -152,13 +152,22 @@ def max_episode_steps(environment: str | None) -> int | None:
     return None if environment is None else MAX_EPISODE_STEPS.get(environment)
 
 
-def normalized_score(name: str, episode_return: float) -> float | None:
-    """Return 100 (R - random) / (expert - random) for an undiscounted episode return R, as papers print it.
+def scaled_return(environment: str | None, episode_return: float) -> float | None:
+    """Return 100 (R - random) / (expert - random) for an undiscounted episode return R, or None without reference returns.
 
-    None where no reference exists: for every dataset that is not one of D4RL's (a "-local" name, a path).
+    A measure of any return in that environment. Only where data and simulator are D4RL's is it D4RL's score.
     Source: D4RL (arXiv 2004.07219), section 5; D4RL's own function leaves out the factor of 100.
     """
-    if not is_d4rl_name(name):
+    if environment not in REFERENCE_RETURNS:
         return None
-    random_return, expert_return = REFERENCE_RETURNS[environment_of(name)]
+    random_return, expert_return = REFERENCE_RETURNS[environment]
     return 100.0 * (episode_return - random_return) / (expert_return - random_return)
+
+
+def normalized_score(name: str, episode_return: float) -> float | None:
+    """Return D4RL's score, `scaled_return`, for an episode return of a policy trained on the dataset `name`.
+
+    None where it would be compared with scores that it is none of: for every dataset that is not one of D4RL's (a "-local" name,
+    a path).
+    """
+    return scaled_return(environment_of(name), episode_return) if is_d4rl_name(name) else None
