@@ -71,7 +71,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         *hidden, last = [(layer.weight, layer.bias) for layer in self.layers]
-        if x.dim() < last[0].dim():
+        if last[0].dim() == 3 and x.dim() == 2:
             x = x.expand(len(last[0]), -1, -1)
         for weight, bias in hidden:
             x = self.activation(_apply_linear(x, weight, bias))
