@@ -8,8 +8,8 @@ Cases, on Hopper's dimensions (11 observations, 3 actions) and the full-size U-N
 
     evaluation   one evaluation of the network
     start        the autoregressive first guess: one step of the ensemble and the policy per row
-    sampler      one pass of the sampler: 67 evaluations (fast: 20)
-    rollout      everything: the start and two passes, 134 evaluations (fast: 27), never fewer
+    sampler      one pass of the sampler: 67 evaluations (fast: 8)
+    rollout      everything: the start and two passes, 134 evaluations (fast: 11), never fewer
 
 Variants: `published` and `stock` (benchmarks/baselines.py), every backend of dydiff that works here (dydiff/backends.py), and
 `fast`, the fastest of these in fast mode (dydiff/diffusion/fast_sampler.py), which samples other trajectories.
