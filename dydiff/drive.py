@@ -58,6 +58,8 @@ def drive(
     try:
         saved = run.restore(stage)
         on_start()
+        if stage.finished:  # killed between its last state and its end, or resumed for no longer than it ran
+            stage.save_products(run.save, final=True)
         with Interrupts() as interrupts:
             while not stage.finished:
                 record = _run_epoch(stage, run, saved)

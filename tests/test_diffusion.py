@@ -346,8 +346,11 @@ def test_another_duration_may_be_chosen_on_resume(windows, duration):
         while not trainer.finished:
             trainer.run_epoch()
     assert resumed.seen == whole.seen and torch.equal(weights(resumed.ema), weights(whole.ema))
-    with pytest.raises(DydiffError, match="has seen 60 windows, and 60 were asked for"):
-        make_trainer(windows, duration=60).load_state_dict(begun.state_dict())
+    enough, short = make_trainer(windows, duration=60), make_trainer(windows, duration=54)
+    enough.load_state_dict(begun.state_dict())
+    assert enough.finished
+    with pytest.raises(DydiffError, match="has seen 60 windows, more than the 54 that were asked for"):
+        short.load_state_dict(begun.state_dict())
 
 
 def test_every_tick_trains_on_something(windows):

@@ -164,10 +164,10 @@ class DiffusionTrainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["seen"] >= self.duration:
+        if state["seen"] >= self.duration + self.batch_size:  # the last batch may go beyond the duration
             raise DydiffError(
-                f"The saved training has seen {state['seen']} windows, and {self.duration} were asked for. Resume it with a longer "
-                "--duration."
+                f"The saved training has seen {state['seen']} windows, more than the {self.duration} that were asked for. Resume "
+                "it with a longer --duration."
             )
         self.epoch, self.seen = state["epoch"], state["seen"]
         self.denoiser.load_state_dict(state["denoiser"])
