@@ -26,6 +26,7 @@ from dydiff.memory import compute_in_chunks
 from dydiff.ranges import named_range
 from dydiff.reward import RewardModel
 
+KEPT_GRAPHS = 8  # combinations of policy and settings whose CUDA graphs are kept, such as seeds that train together
 Policy = Callable[[Tensor], Tensor]  # observation [B, O] -> action [B, A], both in policy space
 
 
@@ -44,7 +45,8 @@ class RolloutEngine:
     how many starts are computed at a time, and is halved, for good, where the memory does not hold them.
 
     On a GPU a rollout is a CUDA graph from the first policy call to the last relabelling: with the same policy, generator and
-    number of iterations, the second call of a batch size captures it and later ones replay it. `capture=False` never captures.
+    number of iterations, the second call of a batch size captures it and later ones replay it; a policy is the same if it compares
+    equal, as a bound method does and a new lambda does not. `capture=False` never captures.
 
     Raises:
         DydiffError: no diffusion model, or a chunk that holds nothing.
@@ -77,7 +79,7 @@ class RolloutEngine:
         self.step_backend = "reference" if backend == "reference" else "auto"
         self.fast = fast
         self.capture = capture
-        self._captured: tuple[tuple[object, ...], GraphedFunction] | None = None  # what it belongs to, and the graphs
+        self._captured: dict[tuple[object, ...], GraphedFunction] = {}  # by what the graphs belong to, oldest first
 
     @torch.no_grad()
     def roll_out(
@@ -99,7 +101,7 @@ class RolloutEngine:
 
     def _halve(self, size: int) -> None:
         """Keep to smaller chunks from now on; graphs of the larger ones go, for they hold memory."""
-        self.chunk_size, self._captured = size, None
+        self.chunk_size, self._captured = size, {}
 
     def _chunk_function(
         self, policy: Policy, generator: torch.Generator, draw: Draw | None, iterations: int
@@ -108,11 +110,12 @@ class RolloutEngine:
         function = partial(self._roll_out_chunk, policy, generator, draw, iterations)
         if not self.capture or draw is not None or generator.device.type != "cuda":
             return function
-        # Graphs of an older policy or of other settings go: they hold memory.
         owner = (policy, generator, iterations, self.fast, *self.sampler.items())
-        if self._captured is None or self._captured[0] != owner:
-            self._captured = owner, GraphedFunction(function, generator)
-        return self._captured[1]
+        if owner not in self._captured:
+            if len(self._captured) == KEPT_GRAPHS:  # they hold memory
+                del self._captured[next(iter(self._captured))]
+            self._captured[owner] = GraphedFunction(function, generator)
+        return self._captured[owner]
 
     def _noise(self, generator: torch.Generator, device: torch.device) -> Draw:
         """The sampler's noise: made by its compiled step where there is one, else drawn by PyTorch."""

@@ -171,9 +171,13 @@ class PolicyTrainer:
         self._epochs = self._epochs[len(complete) :]
         return [(epoch.number, epoch.record) for epoch in complete]
 
+    def _act(self, observation: Tensor) -> Tensor:
+        """The policy as rollouts see it: the same object in every epoch, for graphs belong to it."""
+        return self.agent.act(observation, self.generator)
+
     def _roll_out(self, rollouts: Rollouts) -> dict[str, float]:
         start = self.real.sample(rollouts.num_starts, self.generator).observation
-        trajectory = rollouts.engine.roll_out(lambda o: self.agent.act(o, self.generator), start, self.generator)
+        trajectory = rollouts.engine.roll_out(self._act, start, self.generator)
         trajectory = Trajectory(*(field[:, : rollouts.length] for field in trajectory))
         scores = score(rollouts.reward_model, trajectory)
         for name, values in (*trajectory._asdict().items(), ("score", scores)):

@@ -23,7 +23,7 @@ class NoHostReads(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.overloadpacket in READS:
             raise AssertionError(f"{function} waits for the device")
-        masks = (index for index in (args[1] if function.overloadpacket in (aten.index, aten.index_put_) else ()))
-        if any(index is not None and index.dtype == torch.bool for index in masks):
+        indices = args[1] if function.overloadpacket in (aten.index, aten.index_put_) else ()
+        if any(index is not None and index.dtype == torch.bool for index in indices):
             raise AssertionError(f"{function} with a mask waits for the device: the size of its result depends on values")
         return function(*args, **(kwargs or {}))

@@ -8,12 +8,13 @@ from host_reads import NoHostReads
 from test_rollout import ACTION_DIM, HORIZON, OBSERVATION_DIM, generator, learnt, make_spaces, policy, starts
 
 from dydiff.agents import AGENTS, Agent
+from dydiff.capture import GraphedFunction
 from dydiff.diffusion.fast_sampler import FastMode
 from dydiff.dynamics import DynamicsEnsemble
 from dydiff.errors import DydiffError
 from dydiff.filters import keep_mask
 from dydiff.reward import RewardModel
-from dydiff.rollout import RolloutEngine, score
+from dydiff.rollout import KEPT_GRAPHS, RolloutEngine, score
 
 ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="captures CUDA graphs")
 SETTINGS = [{}, {"backend": "auto"}, {"fast": FastMode()}, {"iterations": 0}, {"chunk_size": 3}]
@@ -46,6 +47,30 @@ def test_nothing_in_a_rollout_waits_for_the_device(name, settings):
 def test_a_policy_that_waits_for_the_device_is_noticed():
     with pytest.raises(AssertionError, match="waits for the device"), NoHostReads():
         prepare("cpu").roll_out(lambda o: policy(o) if o.mean() > 0 else -policy(o), starts(8), generator())
+
+
+def test_graphs_belong_to_policy_generator_and_settings():
+    """The choice among them alone, with generators that only say that they are on a GPU."""
+    engine, (agent, other) = prepare("cpu"), (make_agent("td3_bc", seed, "cpu") for seed in (0, 1))
+
+    class OnGpu:
+        device = torch.device("cuda")
+
+    on_gpu = OnGpu(), OnGpu()
+
+    def graphs(policy, generator=on_gpu[0], iterations=2):
+        return engine._chunk_function(policy, generator, None, iterations)
+
+    first, second = graphs(agent.act), graphs(other.act)
+    assert isinstance(first, GraphedFunction) and first is not second
+    assert graphs(agent.act) is first and graphs(other.act) is second, "seeds that take turns keep theirs"
+    assert first not in (graphs(agent.act, on_gpu[1]), graphs(agent.act, iterations=1))
+    engine.sampler["num_steps"] = 5
+    assert graphs(agent.act) is not first
+    for _ in range(2 * KEPT_GRAPHS):
+        graphs(lambda o: o)
+    assert len(engine._captured) == KEPT_GRAPHS
+    assert not isinstance(graphs(agent.act, generator()), GraphedFunction), "a CPU captures nothing"
 
 
 @ON_A_GPU

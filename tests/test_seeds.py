@@ -20,6 +20,7 @@ from dydiff.experiment import load_experiment
 from dydiff.models import POLICY
 from dydiff.policy_runs import find_policy_runs, group_runs
 from dydiff.replay import ReplayBuffer
+from dydiff.rollout import RolloutEngine
 from dydiff.runs import STATE, Run, list_runs, read_log, read_run, read_settings
 from dydiff.seeds import NEXT_STATE
 from dydiff.updates import Updates
@@ -132,6 +133,19 @@ def test_each_seed_leaves_what_it_would_alone(run, dataset, tmp_path, stage, bes
     runs = find_policy_runs(tmp_path / "together", load_dataset(dataset))
     (variant,) = group_runs(runs)
     assert sorted(variant.runs) == [0, 3]
+
+
+def test_a_seed_rolls_out_the_same_policy_object_in_every_epoch(run, monkeypatch):
+    """On a GPU the graphs of a rollout belong to it: with another one in each epoch none would ever be captured."""
+    seen, roll_out = [], RolloutEngine.roll_out
+
+    def watch(engine, policy, start, source, *rest):
+        seen.append((engine, policy, source))
+        return roll_out(engine, policy, start, source, *rest)
+
+    monkeypatch.setattr(RolloutEngine, "roll_out", watch)
+    assert run("together", "td3_bc", "seeds=[3, 0]", "rl_trainer_params.num_epochs=3").status == 0
+    assert len(seen) == 6 and seen[0] == seen[2] == seen[4] and seen[1] == seen[3] == seen[5] and seen[0] != seen[1]
 
 
 @pytest.mark.parametrize("instant", ["between the states", "before the renames", "between the renames"])
