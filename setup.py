@@ -21,7 +21,7 @@ CPU_SOURCES = ["csrc/bindings.cpp", "csrc/edm_step_cpu.cpp", "csrc/training_cpu.
 CUDA_SOURCES = ["csrc/edm_step_cuda.cu"]
 # Without them GCC calls sqrt and keeps branches around selections, and loops stay scalar. Results are the same.
 VECTORISING = ["-fno-math-errno", "-fno-trapping-math"]
-HEADERS = [f"csrc/{name}.h" for name in ("edm_step", "philox", "training_cpu", "unet_cpu", "vectors")]
+HEADERS = [f"csrc/{name}.h" for name in ("edm_step", "philox", "threads", "training_cpu", "unet_cpu", "vectors")]
 # PTX of the newest architecture lets the driver compile for cards that come later.
 CUDA_ARCHITECTURES = ["arch=compute_80,code=sm_80", "arch=compute_90,code=[sm_90,compute_90]"]
 REPORT = "_native_build.txt"

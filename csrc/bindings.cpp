@@ -1,11 +1,12 @@
 // Raw addresses in, nothing back: the extension knows no tensor type, so it builds without torch and survives its updates.
 // It checks nothing; dydiff.kernels.edm, .unet_cpu and .training_cpu check everything and are its only callers.
-#include <array>
+#include <vector>
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "edm_step.h"
+#include "threads.h"
 #include "training_cpu.h"
 #include "unet_cpu.h"
 
@@ -54,17 +55,18 @@ void bind(py::module_ m, Churn churn, ChurnPhilox churn_philox, Euler euler, Heu
 
 void bind_unet(py::module_ m) {
     const auto release = py::call_guard<py::gil_scoped_release>();
-    m.def("winograd_input", [](Address x, Address skip, Address v, int64_t batch, int64_t length, int64_t channels,
+    m.def("winograd_input", [](Address x, Address skip, Address v, int tile, int64_t batch, int64_t length, int64_t channels,
                                int64_t skip_channels, int num_threads) {
-        unet::winograd_input(halves(x), halves(skip), halves(v), batch, length, channels, skip_channels, num_threads);
+        unet::winograd_input(halves(x), halves(skip), halves(v), tile, batch, length, channels, skip_channels, num_threads);
     }, release);
-    m.def("winograd_output", [](const std::array<Address, unet::POINTS>& m, Address bias, Address norm_weight,
-                                Address norm_bias, Address time_bias, Address residual, Address y, int64_t batch,
-                                int64_t length, int64_t channels, int num_threads) {
-        const unet::bfloat16* points[unet::POINTS];
-        for (int i = 0; i < unet::POINTS; ++i) points[i] = halves(m[i]);
-        unet::winograd_output(points, pointer(bias), pointer(norm_weight), pointer(norm_bias), pointer(time_bias),
-                              halves(residual), halves(y), batch, length, channels, num_threads);
+    m.def("winograd_output", [](const std::vector<Address>& m, Address bias, Address norm_weight, Address norm_bias,
+                                Address time_bias, Address residual, Address y, int64_t batch, int64_t length,
+                                int64_t channels, int num_threads) {
+        std::vector<const unet::bfloat16*> points;
+        for (const Address point : m) points.push_back(halves(point));
+        unet::winograd_output(points.data(), pointer(bias), pointer(norm_weight), pointer(norm_bias), pointer(time_bias),
+                              halves(residual), halves(y), static_cast<int>(points.size()) - 4, batch, length, channels,
+                              num_threads);
     }, release);
 }
 
@@ -92,11 +94,20 @@ void bind_training(py::module_ m) {
     }, release);
 }
 
+void bind_threads(py::module_ m) {
+    m.def("join", [](Address parallel, Address index, Address count) {
+        threads::pool.parallel = reinterpret_cast<decltype(threads::Pool::parallel)>(parallel);
+        threads::pool.index = reinterpret_cast<decltype(threads::Pool::index)>(index);
+        threads::pool.count = reinterpret_cast<decltype(threads::Pool::count)>(count);
+    });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
     m.doc() = "Sampler steps, U-Net blocks and training on raw addresses; dydiff.kernels.edm, .unet_cpu and .training_cpu are "
               "the interface.";
+    bind_threads(m.def_submodule("threads"));
     bind_unet(m.def_submodule("unet"));
     bind_training(m.def_submodule("training"));
     bind<>(m.def_submodule("cpu"), edm::cpu::churn, edm::cpu::churn_philox, edm::cpu::euler, edm::cpu::heun);

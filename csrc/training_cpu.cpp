@@ -2,12 +2,14 @@
 
 #include <limits>
 
+#include "threads.h"
 #include "vectors.h"
 
 namespace training {
 namespace {
 
 using namespace vectors;
+using threads::parallel;
 
 // With fewer elements than this, a thread costs more than it saves.
 constexpr int64_t ELEMENTS_A_THREAD = 1 << 15;

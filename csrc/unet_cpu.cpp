@@ -5,6 +5,7 @@
 #pragma GCC optimize("no-trapping-math", "no-math-errno")
 #endif
 
+#include "threads.h"
 #include "vectors.h"
 
 namespace unet {
@@ -12,34 +13,107 @@ namespace {
 
 using namespace vectors;
 
-// B^T for six rows of one channel block. Row outside the sample: a row of zeros.
-FOR_EACH_CPU
-void transform_input(const bfloat16* const rows[POINTS], bfloat16* const out[POINTS], int64_t channels) {
-    const bfloat16 *r0 = rows[0], *r1 = rows[1], *r2 = rows[2], *r3 = rows[3], *r4 = rows[4], *r5 = rows[5];
-    bfloat16 *o0 = out[0], *o1 = out[1], *o2 = out[2], *o3 = out[3], *o4 = out[4], *o5 = out[5];
+constexpr int MOST_POINTS = 8;
+using threads::parallel;
+
+// The transforms of one channel. A pair of points +-p shares the even and the odd part of its polynomial.
+template <int TILE>
+struct Transform;
+
+template <>
+struct Transform<2> {
+    static constexpr int POINTS = 6;
+    static constexpr float A = 3.0f / 2, B = 2.0f / 3;  // A B = 1
+    static ALWAYS_INLINE void input(const float* r, float* v) {
+        v[0] = r[0] - (A * A + B * B) * r[2] + r[4];
+        const float even_a = r[4] - B * B * r[2], odd_a = A * r[3] - B * r[1];
+        v[1] = even_a + odd_a;
+        v[2] = even_a - odd_a;
+        const float even_b = r[4] - A * A * r[2], odd_b = B * r[3] - A * r[1];
+        v[3] = even_b + odd_b;
+        v[4] = even_b - odd_b;
+        v[5] = r[1] - (A * A + B * B) * r[3] + r[5];
+    }
+    static ALWAYS_INLINE void output(const float* m, float* y) {
+        y[0] = m[0] + m[1] + m[2] + m[3] + m[4];
+        y[1] = A * (m[1] - m[2]) + B * (m[3] - m[4]) + m[5];
+    }
+};
+
+template <>
+struct Transform<4> {
+    static constexpr int POINTS = 8;
+    static ALWAYS_INLINE void input(const float* r, float* v) {
+        v[0] = r[6] - r[0] + 5.25f * (r[2] - r[4]);
+        const float even_1 = r[6] - 4.25f * r[4] + r[2], odd_1 = r[5] - 4.25f * r[3] + r[1];
+        v[1] = even_1 + odd_1;
+        v[2] = even_1 - odd_1;
+        const float even_2 = r[6] - 1.25f * r[4] + 0.25f * r[2], odd_2 = 2.0f * r[5] - 2.5f * r[3] + 0.5f * r[1];
+        v[3] = even_2 + odd_2;
+        v[4] = even_2 - odd_2;
+        const float even_3 = r[6] - 5.0f * r[4] + 4.0f * r[2], odd_3 = 0.5f * r[5] - 2.5f * r[3] + 2.0f * r[1];
+        v[5] = even_3 + odd_3;
+        v[6] = even_3 - odd_3;
+        v[7] = r[7] - r[1] + 5.25f * (r[3] - r[5]);
+    }
+    static ALWAYS_INLINE void output(const float* m, float* y) {
+        const float even_1 = m[1] + m[2], odd_1 = m[1] - m[2], even_2 = m[3] + m[4], odd_2 = m[3] - m[4];
+        const float even_3 = m[5] + m[6], odd_3 = m[5] - m[6];
+        y[0] = m[0] + even_1 + even_2 + even_3;
+        y[1] = odd_1 + 2.0f * odd_2 + 0.5f * odd_3;
+        y[2] = even_1 + 4.0f * even_2 + 0.25f * even_3;
+        y[3] = odd_1 + 8.0f * odd_2 + 0.125f * odd_3 + m[7];
+    }
+};
+
+// B^T for the rows of one tile. A row outside the sample is a row of zeros.
+template <int TILE>
+ALWAYS_INLINE void transform_input(const bfloat16* const* rows, bfloat16* const* out, int64_t channels) {
+    constexpr int POINTS = Transform<TILE>::POINTS;
+    const bfloat16* row[POINTS];
+    bfloat16* point[POINTS];
+    std::copy(rows, rows + POINTS, row);
+    std::copy(out, out + POINTS, point);
 #pragma GCC ivdep
     for (int64_t c = 0; c < channels; ++c) {
-        const float a = widen(r0[c]), b = widen(r1[c]), d = widen(r2[c]);
-        const float e = widen(r3[c]), f = widen(r4[c]), g = widen(r5[c]);
-        o0[c] = narrow(a + 1.5f * (b - e) - 2.0f * d + f);
-        o1[c] = narrow(b + 2.5f * d + 0.5f * e - f);
-        o2[c] = narrow(b + 0.5f * d - 2.5f * e + f);
-        o3[c] = narrow(2.0f * (f - d) + e - b);
-        o4[c] = narrow(2.0f * (e - b) + d - f);
-        o5[c] = narrow(b + 1.5f * (d - f) - 2.0f * e + g);
+        float r[POINTS], v[POINTS];
+#pragma GCC unroll 8
+        for (int i = 0; i < POINTS; ++i) r[i] = widen(row[i][c]);
+        Transform<TILE>::input(r, v);
+#pragma GCC unroll 8
+        for (int i = 0; i < POINTS; ++i) point[i][c] = narrow(v[i]);
     }
 }
 
-// A^T for one pair of rows: all channels of six points -> two rows of `scratch`, bias added.
-FOR_EACH_CPU
-void transform_output(const bfloat16* const points[POINTS], const float* bias, float* __restrict__ first,
-                      float* __restrict__ second, int64_t channels) {
-    const bfloat16 *p0 = points[0], *p1 = points[1], *p2 = points[2], *p3 = points[3], *p4 = points[4], *p5 = points[5];
+// A^T for one tile: all channels of its points -> TILE rows of `values` [TILE, C], bias added.
+template <int TILE>
+ALWAYS_INLINE void transform_output(const bfloat16* const* points, const float* bias, float* values, int64_t channels) {
+    constexpr int POINTS = Transform<TILE>::POINTS;
+    const bfloat16* point[POINTS];
+    std::copy(points, points + POINTS, point);
+#pragma GCC ivdep
     for (int64_t c = 0; c < channels; ++c) {
-        const float m1 = widen(p1[c]), m2 = widen(p2[c]), m3 = widen(p3[c]), m4 = widen(p4[c]);
-        first[c] = widen(p0[c]) + m1 + m2 + m3 + m4 + bias[c];
-        second[c] = m1 - m2 + 2.0f * m3 - 0.5f * m4 + widen(p5[c]) + bias[c];
+        float m[POINTS], y[TILE];
+#pragma GCC unroll 8
+        for (int i = 0; i < POINTS; ++i) m[i] = widen(point[i][c]);
+        Transform<TILE>::output(m, y);
+#pragma GCC unroll 4
+        for (int i = 0; i < TILE; ++i) values[i * channels + c] = y[i] + bias[c];
     }
+}
+
+// Templates cannot be cloned, so each tile size has its function.
+FOR_EACH_CPU void input_2(const bfloat16* const* rows, bfloat16* const* out, int64_t channels) {
+    transform_input<2>(rows, out, channels);
+}
+FOR_EACH_CPU void input_4(const bfloat16* const* rows, bfloat16* const* out, int64_t channels) {
+    transform_input<4>(rows, out, channels);
+}
+FOR_EACH_CPU void output_2(const bfloat16* const* points, const float* bias, float* values, int64_t channels) {
+    transform_output<2>(points, bias, values, channels);
+}
+FOR_EACH_CPU void output_4(const bfloat16* const* points, const float* bias, float* values, int64_t channels) {
+    transform_output<4>(points, bias, values, channels);
 }
 
 // Sums of the rows' deviations from `center` and of their squares, channel by channel.
@@ -67,22 +141,23 @@ void finish_row(const float* value, const float* scale, const float* shift, cons
 
 }  // namespace
 
-void winograd_input(const bfloat16* x, const bfloat16* skip, bfloat16* v, int64_t batch, int64_t length, int64_t channels,
-                    int64_t skip_channels, int num_threads) {
-    const int64_t tiles = (length + 1) / 2, width = channels + skip_channels, plane = batch * tiles * width;
+void winograd_input(const bfloat16* x, const bfloat16* skip, bfloat16* v, int tile, int64_t batch, int64_t length,
+                    int64_t channels, int64_t skip_channels, int num_threads) {
+    const int points = tile + 4;
+    const int64_t tiles = (length + tile - 1) / tile, width = channels + skip_channels, plane = batch * tiles * width;
     parallel(batch, num_threads, [=](int64_t first, int64_t last) {
         const std::vector<bfloat16> zeros(std::max(channels, skip_channels), 0);
-        for (int64_t tile = first * tiles; tile < last * tiles; ++tile) {
-            const int64_t sample = tile / tiles, top = 2 * (tile % tiles) - 2;
+        for (int64_t t = first * tiles; t < last * tiles; ++t) {
+            const int64_t sample = t / tiles, top = tile * (t % tiles) - 2;
             const auto transform = [&](const bfloat16* source, int64_t count, int64_t offset) {
-                const bfloat16* rows[POINTS];
-                bfloat16* out[POINTS];
-                for (int i = 0; i < POINTS; ++i) {
+                const bfloat16* rows[MOST_POINTS];
+                bfloat16* out[MOST_POINTS];
+                for (int i = 0; i < points; ++i) {
                     const int64_t row = top + i;
                     rows[i] = row < 0 || row >= length ? zeros.data() : source + (sample * length + row) * count;
-                    out[i] = v + i * plane + tile * width + offset;
+                    out[i] = v + i * plane + t * width + offset;
                 }
-                transform_input(rows, out, count);
+                (tile == 2 ? input_2 : input_4)(rows, out, count);
             };
             transform(x, channels, 0);
             if (skip) transform(skip, skip_channels, channels);
@@ -90,20 +165,19 @@ void winograd_input(const bfloat16* x, const bfloat16* skip, bfloat16* v, int64_
     });
 }
 
-void winograd_output(const bfloat16* const m[POINTS], const float* bias, const float* norm_weight, const float* norm_bias,
-                     const float* time_bias, const bfloat16* residual, bfloat16* y, int64_t batch, int64_t length,
+void winograd_output(const bfloat16* const* m, const float* bias, const float* norm_weight, const float* norm_bias,
+                     const float* time_bias, const bfloat16* residual, bfloat16* y, int tile, int64_t batch, int64_t length,
                      int64_t channels, int num_threads) {
-    const int64_t tiles = (length + 1) / 2, width = channels / GROUPS;
+    const int64_t tiles = (length + tile - 1) / tile, width = channels / GROUPS;
     parallel(batch, num_threads, [=](int64_t begin, int64_t end) {
-        std::vector<float> values(2 * tiles * channels), sum(channels), square(channels), scale(channels), shift(channels);
+        std::vector<float> values(tile * tiles * channels), sum(channels), square(channels), scale(channels), shift(channels);
         const std::vector<float> no_bias(channels, 0.0f);
         const std::vector<bfloat16> no_residual(channels, 0);
         for (int64_t sample = begin; sample < end; ++sample) {
-            for (int64_t tile = 0; tile < tiles; ++tile) {
-                const bfloat16* points[POINTS];
-                for (int i = 0; i < POINTS; ++i) points[i] = m[i] + (sample * tiles + tile) * channels;
-                float* row = values.data() + 2 * tile * channels;
-                transform_output(points, bias, row, row + channels, channels);
+            for (int64_t t = 0; t < tiles; ++t) {
+                const bfloat16* points[MOST_POINTS];
+                for (int i = 0; i < tile + 4; ++i) points[i] = m[i] + (sample * tiles + t) * channels;
+                (tile == 2 ? output_2 : output_4)(points, bias, values.data() + tile * t * channels, channels);
             }
             // Deviations from the first row, so that a large common offset does not eat the variance.
             std::fill(sum.begin(), sum.end(), 0.0f);

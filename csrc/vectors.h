@@ -1,12 +1,10 @@
-// Arithmetic that the CPU units share: bfloat16 held in 16 bits, Mish in operations that vectorise, a loop over threads.
+// Arithmetic that the CPU units share: bfloat16 held in 16 bits, Mish in operations that vectorise.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <thread>
-#include <vector>
 
 // One binary for every x86-64: the loader picks the widest vectors that the processor has.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
@@ -60,19 +58,6 @@ ALWAYS_INLINE float mish(float y) {
     const float e = exponential(std::min(y, 20.0f));
     const float n = e * (e + 2.0f);
     return y * (n / (n + 2.0f));
-}
-
-// Calls work(first, last) on contiguous parts of 0 .. count, one a thread. Threads are made per call: it costs some ten
-// microseconds where the work takes milliseconds, and no pool of ours competes with torch's.
-template <typename Work>
-void parallel(int64_t count, int num_threads, Work work) {
-    const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(num_threads, count));
-    std::vector<std::thread> threads;
-    for (int64_t part = 1; part < parts; ++part) {
-        threads.emplace_back(work, count * part / parts, count * (part + 1) / parts);
-    }
-    work(0, count / parts);
-    for (std::thread& thread : threads) thread.join();
 }
 
 }  // namespace vectors

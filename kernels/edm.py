@@ -12,23 +12,16 @@ other layouts are copied first, other types are refused.
 
 import warnings
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dydiff.errors import DydiffError
-from dydiff.kernels import reference
+from dydiff.kernels import native, reference
 from dydiff.kernels.checks import check_addressable, check_conditioning, check_like, check_philox
+from dydiff.kernels.native import why_unavailable
 from dydiff.kernels.philox import PhiloxDraw, PhiloxNoise, philox_normal
 from dydiff.kernels.reference import churned, inpaint, noise_schedule
-
-_import_error = ""
-try:
-    from dydiff.kernels import _native
-except ImportError as error:
-    _native = None
-    _import_error = str(error)
 
 __all__ = [
     "PhiloxDraw",
@@ -58,29 +51,6 @@ def available_backend(device: torch.device | str, dtype: torch.dtype) -> str:
         _warn_once(reason)
         return "reference"
     return "extension"
-
-
-def why_unavailable(device: torch.device | str = "cpu") -> str:
-    """Why the extension cannot serve this device and how to build it; empty if it can."""
-    kind = torch.device(device).type
-    rebuild = "run `pip install -e .` in the repository with a C++ compiler on PATH" + (
-        ", and nvcc on PATH or CUDA_HOME set" if kind == "cuda" else ""
-    )
-    if kind not in ("cpu", "cuda"):
-        return f"There is no compiled EDM step for {kind} tensors, only for cpu and cuda; plain PyTorch takes its place."
-    if _native is None:
-        return (
-            f"The compiled EDM step (dydiff.kernels._native) is missing: {_build_report() or _import_error}. "
-            f"Plain PyTorch takes its place. To build it, {rebuild}."
-        )
-    if not hasattr(_native, kind):
-        return (
-            f"The compiled EDM step has no CUDA unit: {_build_report() or 'it was built without nvcc'}. "
-            f"Plain PyTorch takes its place. To build it, {rebuild}."
-        )
-    if kind == "cuda" and (obstacle := _native.cuda.obstacle()):
-        return f"The compiled EDM step cannot use the GPU: {obstacle}. Plain PyTorch takes its place."
-    return ""
 
 
 def churn_step(
@@ -264,7 +234,7 @@ def _condition_arguments(x: Tensor, first_observation: Tensor | None, actions: T
 
 
 def _call(operation: str, device: torch.device, *arguments: int | float) -> None:
-    unit = getattr(_native, device.type, None)
+    unit = getattr(native.extension, device.type, None)
     if unit is None:
         raise DydiffError(why_unavailable(device))
     function = getattr(unit, operation)
@@ -273,11 +243,6 @@ def _call(operation: str, device: torch.device, *arguments: int | float) -> None
         return
     with torch.cuda.device(device):
         function(*arguments, torch.cuda.current_stream(device).cuda_stream)
-
-
-def _build_report() -> str:
-    path = Path(__file__).with_name("_native_build.txt")
-    return f"the installation {path.read_text().strip()}" if path.exists() else ""
 
 
 @cache

@@ -19,18 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dydiff.errors import DydiffError
-from dydiff.kernels import edm
+from dydiff.kernels import native
+from dydiff.kernels.native import why_unavailable
 from dydiff.kernels.unet_reference import GROUPS
-
-try:
-    from dydiff.kernels import _native
-except ImportError:  # edm.why_unavailable says why
-    _native = None
-
-
-def why_unavailable() -> str:
-    """Why the compiled passes cannot be used here and how to build them; empty if they can."""
-    return edm.why_unavailable("cpu")
 
 
 def norm_mish(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -46,7 +37,7 @@ class _NormMish(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         y, statistics = torch.empty_like(x), weight.new_empty(len(x), GROUPS, 2)
         tensors = x, weight.contiguous(), bias.contiguous(), y, statistics
-        _native.training.norm_mish(*(tensor.data_ptr() for tensor in tensors), *x.shape, torch.get_num_threads())
+        native.extension.training.norm_mish(*(tensor.data_ptr() for tensor in tensors), *x.shape, torch.get_num_threads())
         ctx.save_for_backward(x, weight, bias, statistics)
         return y
 
@@ -56,7 +47,7 @@ class _NormMish(torch.autograd.Function):
         x, weight, bias, statistics = ctx.saved_tensors
         dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
         tensors = x, dy.contiguous(), weight.contiguous(), bias.contiguous(), statistics, dx, dweight, dbias
-        _native.training.norm_mish_backward(*(tensor.data_ptr() for tensor in tensors), *x.shape, torch.get_num_threads())
+        native.extension.training.norm_mish_backward(*(tensor.data_ptr() for tensor in tensors), *x.shape, torch.get_num_threads())
         return dx, dweight, dbias
 
 
@@ -115,12 +106,12 @@ def adam_average(
             raise DydiffError(f"adam_average needs `{name}` in {dtype}, not {tensor.dtype}.")
     if not weight.is_contiguous() and not _is_dense(weight):
         raise DydiffError(f"adam_average needs tensors without gaps in memory, not strides {stride}.")
-    if _native is None:
-        raise DydiffError(why_unavailable())
+    if reason := why_unavailable():
+        raise DydiffError(reason)
     state = [tensor.data_ptr() for tensor in (weight, first_moment, second_moment, average)]
     gradients = (gradient.data_ptr(), 0, 0) if copy is None else (0, gradient.data_ptr(), copy.data_ptr())
     threads = torch.get_num_threads()
-    _native.training.adam_average(*state, *gradients, weight.numel(), *coefficients.arguments(), threads)
+    native.extension.training.adam_average(*state, *gradients, weight.numel(), *coefficients.arguments(), threads)
 
 
 def _layout(tensor: Tensor) -> list[int]:

@@ -20,11 +20,11 @@ PROBE = """
 import sys
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
 import torch
-from dydiff.kernels import edm
+from dydiff.kernels import edm, native
 x = torch.ones(2, 3, 4)
 backend = edm.available_backend("cpu", torch.float32)
 x_hat, _ = edm.churn_step(x, x, 1.0, 1.25, 1.0, backend=backend)
-print(edm.__file__, backend, hasattr(edm._native, "cuda"), x_hat.sum().item())
+print(edm.__file__, backend, hasattr(native.extension, "cuda"), x_hat.sum().item())
 print(edm.why_unavailable("cpu"), edm.why_unavailable("cuda"))
 """
 

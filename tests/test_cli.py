@@ -189,6 +189,14 @@ def test_resume_of_the_diffusion_training_wants_the_same_options(train, dataset,
     check_refusal(train(dataset, f"--resume={tmp_path}"), "is not a run folder")
 
 
+def test_finished_diffusion_training_is_continued_by_a_longer_duration(train, dataset, tmp_path):
+    assert train(dataset, "--duration=0.0002").status == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    assert train(dataset, f"--resume={run}", "--duration=0.0004").status == 0
+    assert read_run(run)["status"] == "finished" and read_log(run)[-1]["kimg"] >= 0.4
+    check_refusal(train(dataset, f"--resume={run}", "--duration=0.0004"), "is finished", "Another --duration would continue it")
+
+
 def test_two_runs_in_one_folder(train, dataset, tmp_path):
     assert train(dataset).status == 0
     (run,) = (tmp_path / "runs").iterdir()

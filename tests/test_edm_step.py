@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dydiff.errors import DydiffError
-from dydiff.kernels import edm, reference
+from dydiff.kernels import edm, native, reference
 
 DEVICES = ["cpu", "cuda"]
 # B, H, O, A: single rows and columns, the sizes of Hopper and HalfCheetah, one that fills several CUDA blocks
@@ -102,7 +102,7 @@ def test_extension_writes_its_output_and_nothing_else():
     ):
         buffers = [torch.full((size + 2 * guard,), math.nan) for _ in range(number_of_outputs)]
         outputs = [buffer[guard:].data_ptr() for buffer in buffers]
-        getattr(edm._native.cpu, name)(*inputs[:number_of_inputs], *outputs, *arguments)
+        getattr(native.extension.cpu, name)(*inputs[:number_of_inputs], *outputs, *arguments)
         for buffer in buffers:
             assert buffer[guard:-guard].isfinite().all(), name
             assert buffer[:guard].isnan().all() and buffer[-guard:].isnan().all(), name
@@ -197,7 +197,7 @@ def test_extension_refuses_what_it_cannot_address():
 
 
 def test_missing_extension_explains_itself(monkeypatch):
-    monkeypatch.setattr(edm, "_native", None)
+    monkeypatch.setattr(native, "extension", None)
     edm._warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="pip install -e"):
         assert edm.available_backend("cpu", torch.float32) == "reference"

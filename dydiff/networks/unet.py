@@ -75,6 +75,9 @@ class UNet(nn.Module):
         self.kernel_size = kernel_size
         self.embed = NoiseEmbedding(dim)
         widths = [dim * mult for mult in dim_mults]
+        # Elements of the smallest normalisation group; a level also ends at the width of the one above it.
+        narrowest = [min(pair) for pair in zip(widths, [widths[0], *widths], strict=False)]
+        self.smallest_group = min(width // GROUPS * (horizon >> level) for level, width in enumerate(narrowest))
 
         def pair(in_channels: int, out_channels: int) -> nn.ModuleList:
             first = ResidualBlock(in_channels, out_channels, dim, kernel_size)

@@ -1,0 +1,62 @@
+"""The compiled extension (csrc/), joined to PyTorch's threads; None where it is missing, with the reason and the remedy.
+
+The CPU units share the OpenMP pool that PyTorch was linked with. Threads of their own would wait for a core behind PyTorch's,
+which spin for some milliseconds after every operation: on two cores the Winograd transforms took 41 ms instead of 10.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import torch
+
+_import_error = ""
+try:
+    from dydiff.kernels import _native as extension
+except ImportError as error:
+    extension = None
+    _import_error = str(error)
+
+
+def why_unavailable(device: torch.device | str = "cpu") -> str:
+    """Why the extension cannot serve this device and how to build it; empty if it can."""
+    kind = torch.device(device).type
+    rebuild = "run `pip install -e .` in the repository with a C++ compiler on PATH" + (
+        ", and nvcc on PATH or CUDA_HOME set" if kind == "cuda" else ""
+    )
+    if kind not in ("cpu", "cuda"):
+        return f"There is no compiled EDM step for {kind} tensors, only for cpu and cuda; plain PyTorch takes its place."
+    if extension is None:
+        return (
+            f"The compiled EDM step (dydiff.kernels._native) is missing: {_build_report() or _import_error}. "
+            f"Plain PyTorch takes its place. To build it, {rebuild}."
+        )
+    if not hasattr(extension, kind):
+        return (
+            f"The compiled EDM step has no CUDA unit: {_build_report() or 'it was built without nvcc'}. "
+            f"Plain PyTorch takes its place. To build it, {rebuild}."
+        )
+    if kind == "cuda" and (obstacle := extension.cuda.obstacle()):
+        return f"The compiled EDM step cannot use the GPU: {obstacle}. Plain PyTorch takes its place."
+    return ""
+
+
+def _build_report() -> str:
+    path = Path(__file__).with_name("_native_build.txt")
+    return f"the installation {path.read_text().strip()}" if path.exists() else ""
+
+
+def join_threads() -> bool:
+    """Hand the extension the entry points of PyTorch's OpenMP; False where it has none of this kind (MSVC)."""
+    torch_library = ctypes.CDLL(torch._C.__file__)  # a symbol is looked for in all that it was linked with
+    names = "GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads"
+    functions = [getattr(torch_library, name, None) for name in names]
+    if None in functions:
+        return False
+    extension.threads.join(*(ctypes.cast(function, ctypes.c_void_p).value for function in functions))
+    return True
+
+
+if extension is not None:
+    join_threads()
