@@ -106,6 +106,11 @@ class GraphedFunction:
             ) from error
 
 
+def capture_if_gpu(function: Callable[..., tuple[Tensor, ...]], generator: torch.Generator) -> Callable[..., tuple[Tensor, ...]]:
+    """The function as CUDA graphs where its generator is a GPU's; elsewhere the function itself."""
+    return GraphedFunction(function, generator) if generator.device.type == "cuda" else function
+
+
 def warm_up(function: Callable[[], Any]) -> Any:
     """Call a function on a stream of its own, as it must have been before its capture: libraries allocate their workspaces."""
     stream = torch.cuda.Stream()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dydiff.agents import Agent
+from dydiff.capture import capture_if_gpu
 from dydiff.data import Spaces, d4rl
 from dydiff.errors import DydiffError, NotFinite
 from dydiff.evaluate import episode_seed
@@ -44,6 +46,17 @@ class Rollouts:
             raise DydiffError(
                 f"The filter keeps none of {self.num_starts} rollouts. Raise keep_condition.threshold or rollout_batch_size."
             )
+
+    @torch.no_grad()
+    def judge(self, generator: torch.Generator, observation: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores [B] of rollouts, which of them to keep [B], and whether observations, actions and scores are finite [3].
+
+        Nothing here may wait for the device: on a GPU it is captured.
+        """
+        trajectory = Trajectory(observation, action)
+        scores = score(self.reward_model, trajectory)
+        keep = keep_mask(scores, self.filter_type, self.threshold, self.softmax_temp, generator)
+        return scores, keep, torch.stack([values.isfinite().all() for values in (*trajectory, scores)])
 
 
 @dataclass
@@ -115,6 +128,7 @@ class PolicyTrainer:
         self.generator = torch.Generator(agent.device).manual_seed(seed)
         num_updates = num_epochs * updates_per_epoch
         self.updates = Updates(agent, real, synthetic, batch_size, real_ratio, self.generator, update_mode, num_updates)
+        self._judge = None if rollouts is None else capture_if_gpu(partial(rollouts.judge, self.generator), self.generator)
         self.epoch = 0
         self.best_return = -float("inf")
         self._best: Epoch | None = None  # whose policy is the best so far and not saved yet
@@ -179,16 +193,16 @@ class PolicyTrainer:
         start = self.real.sample(rollouts.num_starts, self.generator).observation
         trajectory = rollouts.engine.roll_out(self._act, start, self.generator)
         trajectory = Trajectory(*(field[:, : rollouts.length] for field in trajectory))
-        scores = score(rollouts.reward_model, trajectory)
-        for name, values in (*trajectory._asdict().items(), ("score", scores)):
-            if not torch.isfinite(values).all():
+        scores, keep, finite = self._judge(*trajectory)
+        values_by_name = trajectory._asdict() | {"score": scores}
+        for is_finite, (name, values) in zip(finite.tolist(), values_by_name.items(), strict=True):
+            if not is_finite:
                 place = values.isfinite().logical_not().nonzero()[0].tolist()
                 row = f", step {place[1]}" if len(place) > 1 else ""
                 raise NotFinite(
                     f"The rollout of epoch {self.epoch + 1} holds a NaN or an infinity in its {name}, first in rollout {place[0]}"
                     f"{row}. The policy's weights are finite, so look at the logs of the models that roll it out."
                 )
-        keep = keep_mask(scores, rollouts.filter_type, rollouts.threshold, rollouts.softmax_temp, self.generator)
         kept = Trajectory(*(field[keep] for field in trajectory))
         transitions, mean_length = make_synthetic_transitions(kept, rollouts.reward_model, rollouts.is_terminal, self.spaces)
         self.synthetic.extend(transitions)

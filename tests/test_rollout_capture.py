@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from host_reads import NoHostReads
 from test_rollout import ACTION_DIM, HORIZON, OBSERVATION_DIM, generator, learnt, make_spaces, policy, starts
 
 from dydiff.agents import AGENTS, Agent
-from dydiff.capture import GraphedFunction
+from dydiff.capture import GraphedFunction, capture_if_gpu
 from dydiff.diffusion.fast_sampler import FastMode
 from dydiff.dynamics import DynamicsEnsemble
 from dydiff.errors import DydiffError
-from dydiff.filters import keep_mask
 from dydiff.reward import RewardModel
-from dydiff.rollout import KEPT_GRAPHS, RolloutEngine, score
+from dydiff.rollout import KEPT_GRAPHS, RolloutEngine
+from dydiff.trainer import Rollouts
 
 ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="captures CUDA graphs")
 SETTINGS = [{}, {"backend": "auto"}, {"fast": FastMode()}, {"iterations": 0}, {"chunk_size": 3}]
@@ -33,6 +35,10 @@ def make_agent(name: str, seed: int, device: str) -> Agent:
     return AGENTS[name](OBSERVATION_DIM, ACTION_DIM, hidden_dims=[8], device=device, generator=generator(seed))
 
 
+def make_rollouts(engine: RolloutEngine, reward: RewardModel, filter_type: str = "softmax") -> Rollouts:
+    return Rollouts(engine, reward, lambda raw: raw[..., 0] > 1, 8, HORIZON, 1, filter_type, 0.6, 0.05)
+
+
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("name", AGENTS)
 def test_nothing_in_a_rollout_waits_for_the_device(name, settings):
@@ -41,7 +47,7 @@ def test_nothing_in_a_rollout_waits_for_the_device(name, settings):
     with NoHostReads():
         trajectory = engine.roll_out(lambda o: agent.act(o, source), starts(8), source)
         for filter_type in ("softmax", "hardmax"):
-            keep_mask(score(reward, trajectory), filter_type, 0.6, 0.05, source)
+            make_rollouts(engine, reward, filter_type).judge(source, *trajectory)
 
 
 def test_a_policy_that_waits_for_the_device_is_noticed():
@@ -107,3 +113,20 @@ def test_a_policy_that_cannot_be_captured_is_an_error_that_says_so():
     engine.roll_out(waiting, starts(8).cuda(), source)
     with pytest.raises(DydiffError, match="must not read its tensors on the host"):
         engine.roll_out(waiting, starts(8).cuda(), source)
+
+
+@ON_A_GPU
+@pytest.mark.parametrize("filter_type", ["softmax", "hardmax"])
+def test_captured_judgement_is_the_plain_one(filter_type):
+    reward = RewardModel(OBSERVATION_DIM, ACTION_DIM, [8], generator=generator()).cuda()
+    rollouts, results = make_rollouts(prepare("cuda"), reward, filter_type), []
+    for capture in (False, True):
+        source = torch.Generator("cuda").manual_seed(3)
+        judge = partial(rollouts.judge, source)
+        judge = capture_if_gpu(judge, source) if capture else judge
+        inputs = torch.Generator("cuda").manual_seed(4)
+        shapes = (20, HORIZON, OBSERVATION_DIM), (20, HORIZON, ACTION_DIM)
+        results.append([judge(*(torch.randn(shape, generator=inputs, device="cuda") for shape in shapes)) for _ in range(4)])
+    for plain, captured in zip(*results, strict=True):
+        torch.testing.assert_close(captured[0], plain[0])
+        assert torch.equal(captured[1], plain[1]) and captured[2].all()
