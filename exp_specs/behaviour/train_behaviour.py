@@ -9,8 +9,7 @@ one nearest to a third of that as medium, and a few on the way there for medium-
 package, and their returns into `policies.md`, which also has the command that trained each.
 
 Training episodes tell of a policy that was weaker than the snapshot's. What ships was therefore chosen by hand, going by measured
-returns: medium is a third of the expert in halfcheetah, and in hopper and walker2d (two fifths to a half) an early gait that
-lasts about 500 steps on average.
+returns: medium earns 32 % of the expert's in hopper, 34 % in halfcheetah and 38 % in walker2d.
 """
 
 from __future__ import annotations
