@@ -41,12 +41,15 @@ def list_parts(out: Path, cases: Path, wheels: Path | None) -> list[Part]:
     python = sys.executable
     install = [python, "-m", "pip", "install", "--no-build-isolation", "-e", "."]
     install += ["--no-deps"] if wheels is None else ["--no-index", "--find-links", str(wheels), "hypothesis"]
-    race, epoch, updates, pretrain = (str(out / f"{name}.jsonl") for name in ("race", "epoch", "updates", "pretrain"))
+    names = ("race", "roofline", "epoch", "updates", "pretrain")
+    race, roofline, epoch, updates, pretrain = (str(out / f"{name}.jsonl") for name in names)
+    picture = f"--plot={out / 'roofline.png'}"
     parts = [
         Part("build", install, 150),
         Part("tests", [python, "-m", "pytest", "-q", *DEVICE_TESTS], 150),
         Part("conformance", [python, "tests/conformance.py", str(cases), "--backend", "all", "--device", "cuda"], 60),
         Part("race", [python, "benchmarks/rollout_speed.py", "--quick", "--json", race], 150, race),
+        Part("roofline", [python, "benchmarks/roofline.py", "--batch", "2048", "--json", roofline, picture], 40, roofline),
         Part("kernels", [python, "-m", "pytest", "-q", "benchmarks/test_kernel_speed.py"], 60),
         Part("epoch", [python, "benchmarks/epoch_speed.py", "--quick", "--json", epoch], 60, epoch),
         Part("updates", [python, "benchmarks/updates_speed.py", "--quick", "--json", updates], 45, updates),

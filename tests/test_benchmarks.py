@@ -13,11 +13,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import harness  # noqa: E402 - the folder is not a package, and must be found first
 import rollout_speed  # noqa: E402
+import roofline  # noqa: E402
 from harness import BenchmarkError, Case, Measurement, Patience, Variant, check_output, make_lines, race  # noqa: E402
 from results import table_rows  # noqa: E402
 from workload import Ours, Published, Shape, Stock, Workload  # noqa: E402
 
 from dydiff.diffusion.fast_sampler import FastMode  # noqa: E402
+from dydiff.networks.unet import UNet  # noqa: E402
 
 TINY = Shape(batch=3, horizon=8, dim=16, dim_mults=(1, 2))
 OPTIONS = "--device=cpu --batch=3 --horizon=8 --dim=16 --dim-mults=1,2".split()
@@ -142,3 +144,17 @@ def test_mistakes_are_told(arguments, message, capsys):
 
 def test_matrix_rate_is_a_rate():
     assert 1e8 < harness.measure_matrix_rate("float32", "cpu", size=128, seconds=0.01) < 1e14
+
+
+def test_roofline_counts_what_runs_and_draws_it(tmp_path, capsys):
+    unet = UNet(14, 100).to("meta")
+    counted = sum(block.flops for block in roofline.count_costs(unet, 3, 100, 4))
+    embedding = sum(layer.weight.numel() for layer in unet.modules() if isinstance(layer, torch.nn.Linear))
+    assert counted == 3 * rollout_speed.Counts(Shape(1, 100, 128, (1, 4, 8))).evaluation - 3 * 2 * embedding
+    picture, file = tmp_path / "roofline.png", tmp_path / "roofline.jsonl"
+    small = ["--device=cpu", "--quick", "--batch=2", "--horizon=8", "--dim=16", "--dim-mults=1,2,4"]
+    assert roofline.main([*small, "--variants=reference", f"--plot={picture}", f"--json={file}"]) == 0
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(lines) == len(roofline.count_costs(UNet(14, 8, 16, (1, 2, 4)), 2, 8, 4)) == 17
+    assert all(line["repeats"] == 5 and line["median_s"] > 0 for line in lines) and picture.stat().st_size > 10_000
+    assert "residual blocks" in capsys.readouterr().out

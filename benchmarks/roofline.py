@@ -1,0 +1,213 @@
+"""Which limit each block of the diffusion network runs into: its rate over its arithmetic intensity, under the measured roofs.
+
+    python benchmarks/roofline.py --plot roofline.png [--json FILE] [--batch 32] [--horizon 100] [--variants reference,bf16]
+
+Evaluates the full-size network block by block, several times, and takes the median of each. FLOPs are those of direct
+convolutions, so that Winograd's may pass the roof; bytes are the least that a block moves when it is one kernel: its inputs, its
+outputs and its weights once, in the variant's dtype. The roofs are large matrix products and copies, measured in the same run.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import BenchmarkError, add_network_options, append_lines, make_parser, measure_matrix_rate, parse_words, time_call
+from machine import describe_machine
+from torch import nn
+
+from dydiff.backends import prepare_denoiser
+from dydiff.device import find_device
+from dydiff.diffusion.edm import Denoiser
+from dydiff.errors import DydiffError
+from dydiff.kernels.unet_reference import ReferenceBlocks
+from dydiff.networks.fused_unet import FusedUNet
+from dydiff.networks.unet import ResidualBlock, UNet
+
+OBSERVATION_DIM, WIDTH = 11, 14  # hopper
+DTYPES = {"reference": "float32", "bf16": "bfloat16", "triton-a": "float16", "triton-b": "float16"}
+BANDWIDTH_BYTES = 2**28
+WARM_UP = 2
+LABELS = {"residual_block": "residual blocks", "downsample": "downsampling", "upsample": "upsampling", "leave": "end"}
+
+
+@dataclass
+class Block:
+    """One call of a blocks backend during an evaluation."""
+
+    kind: str  # the backend's method
+    flops: float
+    bytes: float
+    seconds: list[float] = field(default_factory=list)
+
+
+class TimedBlocks:
+    """A blocks backend that records how long each of its calls took, one list of `Block.seconds` for each place in the network."""
+
+    def __init__(self, blocks: Any, costs: Sequence[Block]):
+        self.blocks = blocks
+        self.costs = costs
+        self.place = 0
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self.blocks, name)
+        if name not in LABELS:
+            return method
+
+        def timed(*arguments: Any) -> Any:
+            seconds, output = time_call(lambda: method(*arguments))
+            block = self.costs[self.place]
+            if block.kind != name:
+                raise BenchmarkError(f"The network calls '{name}' where '{block.kind}' was counted.")
+            block.seconds.append(seconds)
+            self.place = (self.place + 1) % len(self.costs)
+            return output
+
+        return timed
+
+
+def count_costs(unet: UNet, batch: int, horizon: int, itemsize: int) -> list[Block]:
+    """FLOPs and bytes of every block, in the order in which they run."""
+    blocks, length = [], horizon
+
+    def add(kind: str, first: nn.Module, last: nn.Module, weights: int, rows_in: int, rows_out: int) -> None:
+        # A transposed convolution multiplies each row that comes in by its weights, the others each row that goes out.
+        flops = 2 * batch * min(rows_in, rows_out) * weights
+        activations = batch * (rows_in * first.in_channels + rows_out * last.out_channels)
+        blocks.append(Block(kind, flops, itemsize * (weights + activations)))
+
+    def add_pair(pair: Sequence[ResidualBlock]) -> None:
+        for block in pair:
+            convolutions = [layer.weight.numel() for layer in block.modules() if isinstance(layer, nn.Conv1d)]
+            add("residual_block", block.block1.conv, block.block2.conv, sum(convolutions), length, length)
+
+    for level, pair in enumerate(unet.down):
+        add_pair(pair)
+        if level < len(unet.downsample):
+            layer = unet.downsample[level]
+            add("downsample", layer, layer, layer.weight.numel(), length, length // 2)
+            length //= 2
+    add_pair(unet.middle)
+    for pair, layer in zip(unet.up, unet.upsample, strict=True):
+        add_pair(pair)
+        add("upsample", layer, layer, layer.weight.numel(), length, 2 * length)
+        length *= 2
+    first, last = unet.final_block.conv, unet.final_conv
+    add("leave", first, last, first.weight.numel() + last.weight.numel(), length, length)
+    return blocks
+
+
+@torch.no_grad()
+def measure_blocks(variant: str, unet: UNet, batch: int, horizon: int, device: str, repeats: int) -> list[Block]:
+    """Every block's costs and times in one variant.
+
+    Raises:
+        DydiffError: the backend cannot run here.
+    """
+    costs = count_costs(unet, batch, horizon, getattr(torch, DTYPES[variant]).itemsize)
+    plain = ReferenceBlocks()
+    blocks = plain if variant == "reference" else prepare_denoiser(Denoiser(unet, OBSERVATION_DIM), variant).unet.blocks
+    timed = TimedBlocks(blocks, costs)
+    network = FusedUNet(unet, timed)
+    biases = network.time_table(torch.zeros(1, device=device))[0]
+    x = torch.randn(batch, horizon, WIDTH, generator=torch.Generator(device).manual_seed(0), device=device)
+    for _ in range(WARM_UP + repeats):
+        network(x, biases)
+    for block in costs:
+        del block.seconds[:WARM_UP]
+    return costs
+
+
+def measure_bandwidth(device: str) -> float:
+    """Bytes a second that a large copy reads and writes."""
+    source = torch.zeros(BANDWIDTH_BYTES, dtype=torch.uint8, device=device)
+    target = torch.ones_like(source)
+    seconds = [time_call(lambda: target.copy_(source))[0] for _ in range(12)][2:]
+    return 2 * BANDWIDTH_BYTES / statistics.median(seconds)
+
+
+def draw(lines: Sequence[dict[str, Any]], rates: dict[str, float], bandwidth: float, title: str, path: Path) -> None:
+    """The picture: a marker a block, as large as its share of the variant's time."""
+    from matplotlib.figure import Figure
+
+    from dydiff.plots import COLOURS, MARKERS
+
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    ax = figure.subplots()
+    reach = [1.0, 2 * max(line["intensity"] for line in lines)]
+    for index, (dtype, rate) in enumerate(rates.items()):
+        corner = rate / bandwidth
+        style = {"color": "#222222", "linewidth": 1, "linestyle": ("-", "--", ":")[index % 3]}
+        ax.plot([reach[0], corner, reach[1]], [reach[0] * bandwidth / 1e12, rate / 1e12, rate / 1e12], **style)
+        ax.annotate(f"{dtype} products, {rate / 1e12:.3g} TFLOP/s", (reach[1], rate / 1e12), ha="right", va="bottom", fontsize=8)
+    totals: dict[str, float] = {}
+    for line in lines:
+        totals[line["variant"]] = totals.get(line["variant"], 0) + line["median_s"]
+    for colour, variant in zip(COLOURS, totals, strict=False):
+        for marker, (kind, label) in zip(MARKERS, LABELS.items(), strict=False):
+            mine = [line for line in lines if line["variant"] == variant and line["kind"] == kind]
+            sizes = [20 + 1500 * line["median_s"] / totals[variant] for line in mine]
+            x, y = [line["intensity"] for line in mine], [line["tflops"] for line in mine]
+            ax.scatter(x, y, sizes, color=colour, marker=marker, alpha=0.6, label=f"{variant}, {label}")
+    ax.set(xscale="log", yscale="log", xlabel="FLOP a byte that must move", ylabel="TFLOP/s, counted as direct convolutions")
+    ax.set_title(f"{title}; copies at {bandwidth / 1e9:.0f} GB/s", fontsize=9)
+    ax.grid(alpha=0.3, which="both")
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8, markerscale=0.5)
+    figure.savefig(path, dpi=150)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = make_parser(__doc__, "fewer repetitions")
+    add_network_options(parser)
+    parser.add_argument("--variants", type=parse_words, default=None, help="of reference, bf16, triton-a, triton-b")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--horizon", type=int, default=100)
+    options = parser.parse_args(arguments)
+    device = find_device(options.device)
+    batch, horizon = options.batch, options.horizon
+    torch.manual_seed(0)
+    unet = UNet(WIDTH, horizon, options.dim, options.dim_mults).to(device).eval().requires_grad_(False)
+    machine = describe_machine(device)
+    default = ["reference", "bf16"] if device == "cpu" else ["reference", "triton-a", "triton-b"]
+    lines, rates = [], {}
+    bandwidth = measure_bandwidth(device)
+    for variant in options.variants or default:
+        if variant not in DTYPES:
+            raise DydiffError(f"There is no variant '{variant}' of blocks; choose from {', '.join(DTYPES)}.")
+        dtype = DTYPES[variant]
+        rates.setdefault(dtype, measure_matrix_rate(dtype, device))
+        blocks = measure_blocks(variant, unet, batch, horizon, device, 5 if options.quick else 20)
+        for place, block in enumerate(blocks):
+            median = statistics.median(block.seconds)
+            figures = {"median_s": median, "tflops": block.flops / median / 1e12, "intensity": block.flops / block.bytes}
+            about = {"variant": variant, "dtype": dtype, "batch": batch, "horizon": horizon, "place": place, "kind": block.kind}
+            lines.append({"case": "roofline", **about, **figures, "gflop": block.flops / 1e9, "repeats": len(block.seconds)})
+        total, flops = sum(line["median_s"] for line in lines if line["variant"] == variant), sum(each.flops for each in blocks)
+        print(f"{variant}: {total * 1e3:.1f} ms in all, {flops / total / 1e12:.3g} TFLOP/s")
+        for kind, label in LABELS.items():
+            mine = [line for line in lines if line["variant"] == variant and line["kind"] == kind]
+            seconds, gflop = sum(line["median_s"] for line in mine), sum(line["gflop"] for line in mine)
+            low, high = (choose(line["intensity"] for line in mine) for choose in (min, max))
+            shares = f"{seconds / total:6.1%} of the time, {gflop / seconds / 1e3:6.3g} TFLOP/s"
+            print(f"  {label:16s} {shares}, {low:.0f} to {high:.0f} FLOP a byte")
+    roofs = ", ".join(f"{dtype} {rate / 1e12:.3g} TFLOP/s" for dtype, rate in rates.items())
+    print(f"Roofs: {roofs}; copies {bandwidth / 1e9:.1f} GB/s")
+    if options.json:
+        roofs = {"bandwidth": bandwidth, **{f"{dtype}_rate": rate for dtype, rate in rates.items()}}
+        append_lines(options.json, [line | roofs | machine for line in lines])
+    if options.plot:
+        title = f"{machine['device']}, batch {batch}, horizon {horizon}"
+        draw(lines, rates, bandwidth, title, options.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (BenchmarkError, DydiffError) as error:
+        sys.exit(f"error: {error}")
