@@ -33,12 +33,12 @@ import yaml
 from harness import insist_on_known, parse_integers, parse_words
 from returns_report import write_report
 
-from dydiff.cli import add_train_options, make_parser, training_settings
 from dydiff.data import load_dataset
 from dydiff.device import find_device
 from dydiff.errors import DydiffError
 from dydiff.experiment import ALGORITHMS
 from dydiff.models import DIFFUSION, DYNAMICS, REWARD
+from dydiff.options import add_train_options, make_parser, training_settings
 from dydiff.runs import find_model, find_run_of, new_folder
 from dydiff.workers import Job, list_jobs, run_jobs, skip_finished
 

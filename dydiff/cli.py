@@ -6,145 +6,24 @@ Only the standard library is imported before a command is known to be valid: `--
 from __future__ import annotations
 
 import argparse
-import difflib
 import errno
-import functools
-import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
 from dydiff.data_command import add_data_options, run_data
 from dydiff.errors import DydiffError
-
-RUNS = "training-runs"  # where runs go, and where stages look for each other's results
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse that names the nearest valid option for an unknown one."""
-
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
-        # The parser of a command refuses what it does not know itself: it knows which options there are.
-        options, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
-        return options, unknown
-
-    def error(self, message: str) -> NoReturn:
-        options = [option for action in self._actions for option in action.option_strings]
-        for word in message.split():
-            near = difflib.get_close_matches(word.partition("=")[0], options, n=1) if word.startswith("-") else []
-            if "unrecognized" in message and near:
-                message += f" (did you mean {near[0]}?)"
-        super().error(message)
-
-
-# Abbreviations are refused: a new option must not change what an old command means.
-make_parser = functools.partial(Parser, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-
-
-def parse_bool(text: str) -> bool:
-    """True and False as people type them: True, false, 1, no, ..."""
-    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if text.lower() not in words:
-        raise argparse.ArgumentTypeError(f"'{text}' is neither True nor False")
-    return words[text.lower()]
-
-
-def parse_ints(text: str) -> list[int]:
-    """A comma-separated list of whole numbers above 0, as in 1,4,8."""
-    try:
-        return [positive(int)(part) for part in text.split(",")]
-    except (ValueError, argparse.ArgumentTypeError) as error:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a list of whole numbers above 0 such as 1,4,8") from error
-
-
-def parse_floats(text: str) -> list[float]:
-    """A comma-separated list of numbers above 0, as in 0.3,0.8."""
-    try:
-        return [positive(float)(part) for part in text.split(",")]
-    except (ValueError, argparse.ArgumentTypeError) as error:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a list of numbers above 0 such as 0.3,0.8") from error
-
-
-def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
-    """A finite number of the given kind above 0."""
-
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not above 0 and finite")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
-def add_train_options(parser: argparse.ArgumentParser) -> None:
-    """The options of train.py (SPEC section 9)."""
-    number, count = positive(float), positive(int)
-    parser.add_argument("-m", "--dataset", required=True, help="dataset: D4RL name, local name, or path to an HDF5 file")
-    parser.add_argument("--outdir", default=RUNS, help="where the run folder goes")
-    parser.add_argument("--name", default="", help="added to the run folder's name")
-    parser.add_argument("--max_length_of_trajectory", type=count, default=100, help="horizon H of the model, in rows")
-    parser.add_argument("--rl_model_type", default="UNet_RL", help="network: UNet_RL, Transformer_RL or MLP_RL")
-    parser.add_argument("--dim", type=count, default=None, help="base width of the network (default: the network's own)")
-    parser.add_argument("--dim_mults", type=parse_ints, default=[1, 4, 8], help="UNet_RL's widths by level, times dim")
-    parser.add_argument("--include_action", type=parse_bool, default=True, help="model actions beside observations")
-    parser.add_argument("--use_cond", type=parse_bool, default=True, help="show the clean first observation in training")
-    parser.add_argument("--cond_on_action", type=parse_bool, default=True, help="show the clean actions in training")
-    parser.add_argument("--batch", type=count, default=8, help="windows per update")
-    parser.add_argument("--batch-gpu", type=count, default=None, help="at most so many windows at a time (memory)")
-    parser.add_argument("--duration", type=number, default=4.0, help="length of training, in millions of windows")
-    parser.add_argument("--tick", type=number, default=1.0, help="how often to log, in thousands of windows")
-    parser.add_argument("--snap", type=int, default=0, help="write a snapshot of the model every so many ticks (0: never)")
-    parser.add_argument("--dump", type=count, default=50, help="write the state for --resume every so many ticks")
-    parser.add_argument("--lr", type=number, default=1e-3, help="Adam's step size, reached at the end of --ramp")
-    parser.add_argument("--ramp", type=number, default=10.0, help="windows over which the step size grows to --lr, in millions")
-    parser.add_argument("--ema", type=number, default=0.5, help="half-life of the weights' average, in millions of windows")
-    parser.add_argument(
-        "--precision",
-        choices=["auto", "float32", "bf16"],
-        default="auto",
-        help="of UNet_RL's matrix products; weights and their update stay float32; auto: bf16 where the hardware has it",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of everything random")
-    parser.add_argument("--device", default="auto", help="cuda:0, cpu, ...; auto takes a GPU if there is one")
-    parser.add_argument("--resume", default=None, metavar="RUN", help="run folder to continue with the same options")
-    parser.add_argument("--folder", default=None, help=argparse.SUPPRESS)  # for `workers.run_jobs`: the very run folder
-    parser.add_argument("-n", "--dry-run", action="store_true", help="load and check everything, print it, and stop")
-
-
-def training_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """What identifies a diffusion training, of the options of train.py; it is stored in the run folder.
-
-    Raises:
-        DydiffError: the options contradict each other.
-    """
-    if options.cond_on_action and not options.include_action:
-        raise DydiffError("--cond_on_action=True needs --include_action=True: there are no actions to condition on.")
-    return {
-        "dataset_name": options.dataset,
-        "network": {
-            "kind": options.rl_model_type,
-            "horizon": options.max_length_of_trajectory,
-            "dim": options.dim,
-            "dim_mults": options.dim_mults,
-        },
-        "include_action": options.include_action,
-        "use_cond": options.use_cond,
-        "cond_on_action": options.cond_on_action,
-        "batch_size": options.batch,
-        "micro_batch": options.batch_gpu,
-        "duration": max(round(options.duration * 1e6), 1),
-        "tick": max(round(options.tick * 1e3), 1),
-        "lr": options.lr,
-        "lr_ramp": options.ramp * 1e6,
-        "half_life": options.ema * 1e6,
-        "precision": options.precision,
-        "seed": options.seed,
-    }
+from dydiff.options import (
+    add_collect_options,
+    add_import_options,
+    add_report_options,
+    add_run_options,
+    add_sampler_quality_options,
+    add_train_options,
+    add_worker_options,
+    make_parser,
+    training_settings,
+)
 
 
 def run_train(options: argparse.Namespace) -> None:
@@ -179,28 +58,11 @@ def run_train(options: argparse.Namespace) -> None:
         print(f"Diffusion model: {folder / 'model.safetensors'}")
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """The options of run_experiment.py (SPEC section 9)."""
-    parser.add_argument("-e", "--experiment", required=True, help="experiment file (YAML)")
-    parser.add_argument("--dataset", default=None, help="another dataset, with its entry in exp_specs/datasets.yaml applied")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override any setting; repeatable")
-    parser.add_argument("--device", default=None, help="cpu, cuda:0, ...; default: the file's gpu ids")
-    parser.add_argument("--outdir", default=RUNS, help="where run folders go and trained models are looked for")
-    parser.add_argument("--resume", action="store_true", help="continue this experiment's unfinished runs, skip finished ones")
-
-
 def run_experiment(options: argparse.Namespace) -> None:
     """Run every variant of an experiment file."""
     from dydiff.workers import run_all
 
     run_all(options.experiment, options.set, options.dataset, options.device, Path(options.outdir), options.resume)
-
-
-def add_worker_options(parser: argparse.ArgumentParser) -> None:
-    """The options of one variant's process: those of its sweep, and which variant, where."""
-    add_run_options(parser)
-    parser.add_argument("--variant", type=int, nargs="+", required=True)
-    parser.add_argument("--folder", type=Path, nargs="+", required=True)
 
 
 def run_worker(options: argparse.Namespace) -> None:
@@ -214,30 +76,12 @@ def run_worker(options: argparse.Namespace) -> None:
     )
 
 
-def add_collect_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `dydiff collect`."""
-    parser.add_argument("name", help="dataset to make, for example maze2d-umaze-local or hopper-medium-local")
-    parser.add_argument("--steps", type=positive(int), default=1_000_000, help="environment steps")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random")
-    parser.add_argument("--path", default=None, help="file to write (default: the dataset's place in the cache folder)")
-    parser.add_argument("--processes", type=positive(int), default=None, help="that record locomotion (default: one a core)")
-
-
 def run_collect(options: argparse.Namespace) -> None:
     """Make a dataset with a local behaviour policy, in D4RL's schema."""
     from dydiff.collect import collect
 
     path = collect(options.name, options.steps, options.seed, options.path, processes=options.processes)
     print(f"Dataset: {path}")
-
-
-def add_report_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `dydiff report`."""
-    parser.add_argument("--outdir", default=RUNS, help="folder with the runs to report on")
-    parser.add_argument("--dataset", required=True, help="dataset that the runs were trained on")
-    parser.add_argument("--starts", type=positive(int), default=64, help="rollouts that are compared with the simulator")
-    parser.add_argument("--seed", type=int, default=0, help="of the comparison")
-    parser.add_argument("--device", default="auto", help="cuda:0, cpu, ...; auto takes a GPU if there is one")
 
 
 def run_report(options: argparse.Namespace) -> None:
@@ -248,14 +92,6 @@ def run_report(options: argparse.Namespace) -> None:
     report(Path(options.outdir), options.dataset, options.starts, options.seed, find_device(options.device))
 
 
-def add_sampler_quality_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `dydiff sampler-quality`: the report's, and the grid of fast mode's settings."""
-    add_report_options(parser)
-    parser.add_argument("--first", type=parse_ints, default=[20, 14, 10, 8, 5], help="evaluations of fast mode's first iteration")
-    parser.add_argument("--warm", type=parse_ints, default=[7, 5, 3, 2], help="evaluations of its later iterations")
-    parser.add_argument("--warm_sigma", type=parse_floats, default=[0.3, 0.8], help="noise levels of its warm start")
-
-
 def run_sampler_quality(options: argparse.Namespace) -> None:
     """Measure what fewer network evaluations cost in rollout error, over a grid of sampler settings on trained models."""
     from dydiff.device import find_device
@@ -264,15 +100,6 @@ def run_sampler_quality(options: argparse.Namespace) -> None:
     grid = options.first, options.warm, options.warm_sigma
     device = find_device(options.device)
     measure_quality(Path(options.outdir), options.dataset, *grid, options.starts, options.seed, device)
-
-
-def add_import_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `dydiff import`."""
-    parser.add_argument("file", help="published network-snapshot-*.pkl, dynamics or reward .pkl, or policy snapshot")
-    parser.add_argument("--dataset", required=True, help="dataset that it was trained on")
-    parser.add_argument("--environment", default=None, help="environment, where neither name nor file of the dataset tells it")
-    parser.add_argument("--horizon", type=positive(int), default=None, help="of a diffusion model whose file does not say it")
-    parser.add_argument("--out", default=None, help="checkpoint to write (default: the file's name with .safetensors)")
 
 
 def run_import(options: argparse.Namespace) -> None:
@@ -328,6 +155,10 @@ def main_of(command: str, prog: str, arguments: Sequence[str] | None = None) -> 
 def guarded(run: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
     """Run a command; a DydiffError becomes one paragraph on stderr and status 1."""
     try:
+        if getattr(options, "end_with_parent", False):
+            from dydiff.workers import end_with_parent
+
+            end_with_parent()
         run(options)
     except DydiffError as error:
         print(f"error: {error}", file=sys.stderr)

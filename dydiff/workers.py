@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -148,16 +150,23 @@ def run_jobs(jobs: Sequence[Job], devices: Sequence[str], num_workers: int) -> N
                 while queue and free_slots:
                     job, slot = queue.pop(0), free_slots.pop(0)
                     command = [sys.executable, "-m", "dydiff.cli", *job.command]
-                    command += ["--folder", *map(str, job.folders), "--device", devices[slot % len(devices)]]
+                    command += ["--folder", *map(str, job.folders), "--device", devices[slot % len(devices)], "--end_with_parent"]
                     with open(job.folder / LOG, "a") as log:
                         # In a session of its own a worker gets one signal, ours; from the terminal it would get a second.
+                        # And from the pipe it learns that this process was killed.
                         process = subprocess.Popen(
-                            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+                            command,
+                            stdin=subprocess.PIPE,
+                            stdout=log,
+                            stderr=subprocess.STDOUT,
+                            env=environment,
+                            start_new_session=True,
                         )
                     running[process] = (job.folder, slot)
                 time.sleep(0.2)
                 for process in [process for process in running if process.poll() is not None]:
                     folder, slot = running.pop(process)
+                    process.stdin.close()
                     free_slots.append(slot)
                     progress.advance(1)
                     if process.returncode:
@@ -183,6 +192,17 @@ def run_jobs(jobs: Sequence[Job], devices: Sequence[str], num_workers: int) -> N
         raise DydiffError(
             f"{len(failed)} of {len(jobs)} variants failed: {logs}. Repair the cause and run again with --resume."
         )
+
+
+def end_with_parent() -> None:
+    """Ask this process to save and stop, as SIGTERM does, once nobody holds the other end of its standard input."""
+
+    def watch() -> None:
+        while os.read(0, 1):  # not sys.stdin, whose lock would be held while Python ends
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def describe(experiment: str, variant: Variant) -> dict[str, Any]:

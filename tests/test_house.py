@@ -58,6 +58,7 @@ MAY_IMPORT = {
     "dydiff.checkpoint": [*FOUNDATION, "dydiff"],  # its version
     "dydiff.config": FOUNDATION,
     "dydiff.device": FOUNDATION,
+    "dydiff.options": FOUNDATION,
     "dydiff.progress": [],
     "dydiff.events": [],
     "dydiff.finite": [],

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny
 from conftest import check_refusal
 
 from dydiff import workers
@@ -24,9 +27,9 @@ def processes(monkeypatch) -> list[tuple[subprocess.Popen, int]]:
     started: list[tuple[subprocess.Popen, int]] = []
 
     class Recorded(subprocess.Popen):
-        def __init__(self, command, stdout, stderr, env, start_new_session):
+        def __init__(self, *arguments, **options):
             beside = sum(process.poll() is None for process, _ in started)
-            super().__init__(command, stdout=stdout, stderr=stderr, env=env, start_new_session=start_new_session)
+            super().__init__(*arguments, **options)
             started.append((self, beside))
 
     monkeypatch.setattr(workers.subprocess, "Popen", Recorded)
@@ -78,3 +81,26 @@ def test_sweep_passes_a_signal_on_and_waits(run_stage, dataset, tmp_path, proces
     assert [process.poll() for process, _ in processes] == [1, 1]
     for run in (tmp_path / "runs").iterdir():
         assert read_run(run)["status"] == "interrupted" and (run / "state.safetensors").exists()
+
+
+def test_workers_of_a_killed_sweep_save_and_stop(dataset, tmp_path):
+    file = tiny.write_experiment(tmp_path / "sweep.yaml", "reward", dataset, {"seed": [1, 2]})
+    changes = ["meta_data.num_workers=2", "model_params.max_epochs=100000", "model_params.patience=100000"]
+    command = [sys.executable, "-m", "dydiff.cli", "run", "-e", str(file), "--device=cpu", f"--outdir={tmp_path / 'runs'}"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    sweep = subprocess.Popen([*command, *(f"--set={change}" for change in changes)], env=environment, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: len(list((tmp_path / "runs").glob("*/log.jsonl"))) == 2)
+    finally:
+        sweep.kill()
+        sweep.wait()
+    runs = list((tmp_path / "runs").iterdir())
+    wait_for(lambda: all(read_run(run)["status"] == "interrupted" for run in runs))
+    assert all((run / "state.safetensors").exists() for run in runs)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
