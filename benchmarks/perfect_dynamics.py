@@ -1,0 +1,134 @@
+"""What would DyDiff gain with perfect dynamics? Finished runs trained again with the simulator in the place of all learnt dynamics.
+
+    python benchmarks/perfect_dynamics.py training-runs/00006-dydiff-s0 training-runs/00007-dydiff-s1 --json perfect.json
+
+Same settings, seeds, start states, reward model, filter and terminal function as each run; only its rollouts are now what the
+policy does in the simulator from the same starts. What such a training earns is the ceiling of any dynamics model under these
+settings: where it is no better than the base algorithm, the rollouts' errors are not what is missing. `--true-reward` also replaces
+the reward model, in the filter and in the transitions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from machine import describe_machine
+from torch import Tensor
+
+from dydiff.checkpoint import write_atomically
+from dydiff.config import Constants, from_mapping
+from dydiff.errors import DydiffError
+from dydiff.experiment import Variant
+from dydiff.policy_stage import build_policies, find_models
+from dydiff.problem import Problem, load_problem
+from dydiff.progress import Progress
+from dydiff.rollout import Policy, Trajectory
+from dydiff.runs import read_log, read_settings
+from dydiff.simulate import roll_out_simulator, state_from_observation
+from dydiff.tables import format_table, plus_minus
+from dydiff.uncertainty import mean_with_error
+
+
+class Simulator:
+    """Stands where a `RolloutEngine` stands, and after a rollout where the reward model stands."""
+
+    def __init__(self, problem: Problem, horizon: int):
+        self.problem = problem
+        self.horizon = horizon
+        self._rewards: dict[bytes, float] = {}
+
+    def roll_out(self, policy: Policy, start: Tensor, generator: torch.Generator) -> Trajectory:
+        """As `RolloutEngine.roll_out`: start [B, O] -> H rows each, in policy space."""
+        spaces, spec = self.problem.spaces, self.problem.spec
+
+        def act(raw: np.ndarray) -> np.ndarray:
+            observation = spaces.observation_raw_to_policy(torch.as_tensor(raw, dtype=torch.float32))
+            return spaces.action_policy_to_raw(policy(observation)).numpy()
+
+        states = state_from_observation(spec, spaces.observation_policy_to_raw(start).numpy())
+        truth = roll_out_simulator(spec, *states, self.horizon, act)
+        observation = spaces.observation_raw_to_policy(torch.as_tensor(truth.observation))
+        rows = observation.flatten(0, 1).numpy()
+        self._rewards = {row.tobytes(): float(reward) for row, reward in zip(rows, truth.reward.flat, strict=True)}
+        return Trajectory(observation, spaces.action_raw_to_policy(torch.as_tensor(truth.action)))
+
+    def reward(self, observation: Tensor, action: Tensor) -> Tensor:
+        """What the simulator gave in rows of the last rollout: observation [..., O] -> [...]."""
+        rows = observation.flatten(0, -2).numpy()
+        return torch.tensor([self._rewards[row.tobytes()] for row in rows]).view(observation.shape[:-1])
+
+
+def train(run: Path, true_reward: bool, say: Callable[[str], None]) -> tuple[list[int], list[float]]:
+    """Repeat a DyDiff run with the simulator's rollouts; epochs and returns of its evaluations.
+
+    Raises:
+        DydiffError: no run with rollouts is there, or its data or models are gone.
+    """
+    settings = read_settings(run)
+    if settings is None or "diff_model_params" not in settings.get("constants", {}):
+        raise DydiffError(f"'{run}' is no run of a policy with DyDiff. Name run folders of one.")
+    constants = from_mapping(Constants, settings["constants"], f"{run / 'settings.yaml'}: constants")
+    problem = load_problem(constants.dataset_name, constants.env_specs.env_name, constants.env_specs.backend)
+    variant = Variant(settings["stage"], constants, {}, 0)
+    with Progress(run.name) as progress:
+        models = find_models(constants, problem, run.parent)
+        (trainer,) = build_policies([variant], problem, "cpu", models, progress)
+    simulator = Simulator(problem, trainer.rollouts.engine.horizon)
+    # Both replace an object in place: the trainer's judge has its rollouts already.
+    trainer.rollouts.engine = simulator
+    if true_reward:
+        trainer.rollouts.reward_model = simulator.reward
+    epochs, returns = [], []
+    while not trainer.finished:
+        record = trainer.run_epoch()
+        for epoch, complete in [(trainer.epoch, record)] if record is not None else trainer.late_records(wait=True):
+            if "evaluation/return" in complete:
+                epochs.append(epoch)
+                returns.append(complete["evaluation/return"])
+                say(f"{run.name}, epoch {epoch}: {returns[-1]:.1f}")
+    return epochs, returns
+
+
+def describe(name: str, curves: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Mean and standard error over the runs of the last and of the best return."""
+    last, best = (np.array([choose(curve) for curve in curves]) for choose in (lambda curve: curve[-1], max))
+    return {"rollouts": name, "last": mean_with_error(last), "best": mean_with_error(best), "curves": list(map(list, curves))}
+
+
+def show(figure: dict[str, float | None]) -> str:
+    return plus_minus(figure["mean"], figure["standard_error"], 1)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    description, _, details = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(description=description, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders of policies trained with DyDiff")
+    parser.add_argument("--true-reward", action="store_true", help="take rewards from the simulator too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
+    options = parser.parse_args(arguments)
+    try:
+        trained = [train(run, options.true_reward, lambda text: print(text, flush=True)) for run in options.runs]
+    except DydiffError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    recorded = [[line["evaluation/return"] for line in read_log(run) if "evaluation/return" in line] for run in options.runs]
+    name = "simulator, with its rewards" if options.true_reward else "simulator"
+    lines = [describe("as recorded", recorded), describe(name, [returns for _, returns in trained])]
+    rows = [[line["rollouts"], *(show(line[which]) for which in ("last", "best"))] for line in lines]
+    print(format_table([["rollouts", "last return", "best return"], *rows]))
+    if options.json:
+        about = {"runs": [run.name for run in options.runs], "epochs": trained[0][0], "machine": describe_machine("cpu")}
+        text = json.dumps(about | {"lines": lines}, indent=1) + "\n"
+        write_atomically(options.json, lambda path: path.write_text(text))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
