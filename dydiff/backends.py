@@ -7,7 +7,8 @@
     triton-a    GPU: float16, one kernel a convolution with its normalisation, where a tile holds whole samples; else triton-b
     triton-b    GPU: float16, the convolution as one matrix product and a second pass for the normalisation
     auto        the fastest measured one that keeps rollouts within 2e-2 of float32: on the CPU bf16, where the processor
-                multiplies bfloat16; on a GPU extension, because the Triton kernels have not been measured on a card yet
+                multiplies bfloat16 and no norm goes over a few elements only; on a GPU extension, because the Triton kernels
+                have not been measured on a card yet
 """
 
 from __future__ import annotations
