@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +33,7 @@ from dydiff.networks.unet import ResidualBlock, UNet
 OBSERVATION_DIM, WIDTH = 11, 14  # hopper
 DTYPES = {"reference": "float32", "bf16": "bfloat16", "triton-a": "float16", "triton-b": "float16"}
 BANDWIDTH_BYTES = 2**28
-WARM_UP = 2
+WARM_UP, LEAST = 2, 5
 LABELS = {"residual_block": "residual blocks", "downsample": "downsampling", "upsample": "upsampling", "leave": "end"}
 
 
@@ -103,8 +104,8 @@ def count_costs(unet: UNet, batch: int, horizon: int, itemsize: int) -> list[Blo
 
 
 @torch.no_grad()
-def measure_blocks(variant: str, unet: UNet, batch: int, horizon: int, device: str, repeats: int) -> list[Block]:
-    """Every block's costs and times in one variant.
+def measure_blocks(variant: str, unet: UNet, batch: int, horizon: int, device: str, seconds: float) -> list[Block]:
+    """Every block's costs and times in one variant, over about so many seconds but `LEAST` evaluations.
 
     Raises:
         DydiffError: the backend cannot run here.
@@ -116,8 +117,12 @@ def measure_blocks(variant: str, unet: UNet, batch: int, horizon: int, device: s
     network = FusedUNet(unet, timed)
     biases = network.time_table(torch.zeros(1, device=device))[0]
     x = torch.randn(batch, horizon, WIDTH, generator=torch.Generator(device).manual_seed(0), device=device)
-    for _ in range(WARM_UP + repeats):
+    for _ in range(WARM_UP):
         network(x, biases)
+    end, evaluations = time.monotonic() + seconds, 0
+    while evaluations < LEAST or time.monotonic() < end:
+        network(x, biases)
+        evaluations += 1
     for block in costs:
         del block.seconds[:WARM_UP]
     return costs
@@ -162,7 +167,7 @@ def draw(lines: Sequence[dict[str, Any]], rates: dict[str, float], bandwidth: fl
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = make_parser(__doc__, "fewer repetitions")
+    parser = make_parser(__doc__, "2 seconds a variant")
     add_network_options(parser)
     parser.add_argument("--variants", type=parse_words, default=None, help="of reference, bf16, triton-a, triton-b")
     parser.add_argument("--batch", type=int, default=32)
@@ -181,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise DydiffError(f"There is no variant '{variant}' of blocks; choose from {', '.join(DTYPES)}.")
         dtype = DTYPES[variant]
         rates.setdefault(dtype, measure_matrix_rate(dtype, device))
-        blocks = measure_blocks(variant, unet, batch, horizon, device, 5 if options.quick else 20)
+        blocks = measure_blocks(variant, unet, batch, horizon, device, options.seconds or (2 if options.quick else 10))
         for place, block in enumerate(blocks):
             median = statistics.median(block.seconds)
             figures = {"median_s": median, "tflops": block.flops / median / 1e12, "intensity": block.flops / block.bytes}

@@ -215,7 +215,7 @@ def find_run_of(
 def find_unfinished(folder: Path, settings: dict[str, Any], free: Sequence[str] = ()) -> Path:
     """Check that `folder` (or the folder of a file in it) holds an unfinished run with these settings, but for the `free` ones.
 
-    A finished run counts as unfinished when a free setting differs: a longer duration continues it.
+    Free settings are lengths: a finished run counts as unfinished when one is greater now, and is left alone otherwise.
 
     Raises:
         DydiffError: no run there, one that is finished, or one with other settings (names them).
@@ -228,8 +228,8 @@ def find_unfinished(folder: Path, settings: dict[str, Any], free: Sequence[str] 
     if different:
         pairs = ", ".join(f"{key} was {theirs.get(key)!r}, now {settings[key]!r}" for key in different)
         raise DydiffError(f"The run in '{folder}' was started with other settings: {pairs}. Repeat its options to resume it.")
-    if record["status"] == "finished" and all(theirs.get(key) == settings[key] for key in free):
-        remedy = f" Another {' or '.join(f'--{key}' for key in free)} would continue it." if free else ""
+    if record["status"] == "finished" and not any(settings[key] > theirs[key] for key in free):
+        remedy = f" A longer {' or '.join(f'--{key}' for key in free)} would continue it." if free else ""
         raise DydiffError(f"The run in '{folder}' is finished; there is nothing to resume.{remedy}")
     return folder
 

@@ -106,8 +106,8 @@ def adam_average(
             raise DydiffError(f"adam_average needs `{name}` in {dtype}, not {tensor.dtype}.")
     if not weight.is_contiguous() and not _is_dense(weight):
         raise DydiffError(f"adam_average needs tensors without gaps in memory, not strides {stride}.")
-    if reason := why_unavailable():
-        raise DydiffError(reason)
+    if native.extension is None:
+        raise DydiffError(why_unavailable())
     state = [tensor.data_ptr() for tensor in (weight, first_moment, second_moment, average)]
     gradients = (gradient.data_ptr(), 0, 0) if copy is None else (0, gradient.data_ptr(), copy.data_ptr())
     threads = torch.get_num_threads()

@@ -152,9 +152,9 @@ def test_roofline_counts_what_runs_and_draws_it(tmp_path, capsys):
     embedding = sum(layer.weight.numel() for layer in unet.modules() if isinstance(layer, torch.nn.Linear))
     assert counted == 3 * rollout_speed.Counts(Shape(1, 100, 128, (1, 4, 8))).evaluation - 3 * 2 * embedding
     picture, file = tmp_path / "roofline.png", tmp_path / "roofline.jsonl"
-    small = ["--device=cpu", "--quick", "--batch=2", "--horizon=8", "--dim=16", "--dim-mults=1,2,4"]
+    small = ["--device=cpu", "--seconds=0.01", "--batch=2", "--horizon=8", "--dim=16", "--dim-mults=1,2,4"]
     assert roofline.main([*small, "--variants=reference", f"--plot={picture}", f"--json={file}"]) == 0
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(lines) == len(roofline.count_costs(UNet(14, 8, 16, (1, 2, 4)), 2, 8, 4)) == 17
-    assert all(line["repeats"] == 5 and line["median_s"] > 0 for line in lines) and picture.stat().st_size > 10_000
+    assert all(line["repeats"] >= roofline.LEAST and line["median_s"] > 0 for line in lines) and picture.stat().st_size > 10_000
     assert "residual blocks" in capsys.readouterr().out

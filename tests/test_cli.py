@@ -194,7 +194,10 @@ def test_finished_diffusion_training_is_continued_by_a_longer_duration(train, da
     (run,) = (tmp_path / "runs").iterdir()
     assert train(dataset, f"--resume={run}", "--duration=0.0004").status == 0
     assert read_run(run)["status"] == "finished" and read_log(run)[-1]["kimg"] >= 0.4
-    check_refusal(train(dataset, f"--resume={run}", "--duration=0.0004"), "is finished", "Another --duration would continue it")
+    for duration in ("0.0004", "0.0001"):
+        refused = train(dataset, f"--resume={run}", f"--duration={duration}")
+        check_refusal(refused, "is finished", "A longer --duration would continue it")
+    assert read_run(run)["status"] == "finished", "what is finished stays so"
 
 
 def test_two_runs_in_one_folder(train, dataset, tmp_path):
