@@ -55,9 +55,9 @@ void bind(py::module_ m, Churn churn, ChurnPhilox churn_philox, Euler euler, Heu
 
 void bind_unet(py::module_ m) {
     const auto release = py::call_guard<py::gil_scoped_release>();
-    m.def("winograd_input", [](Address x, Address skip, Address v, int tile, int64_t batch, int64_t length, int64_t channels,
+    m.def("winograd_input", [](Address x, Address skip, Address v, int64_t batch, int64_t length, int64_t channels,
                                int64_t skip_channels, int num_threads) {
-        unet::winograd_input(halves(x), halves(skip), halves(v), tile, batch, length, channels, skip_channels, num_threads);
+        unet::winograd_input(halves(x), halves(skip), halves(v), batch, length, channels, skip_channels, num_threads);
     }, release);
     m.def("winograd_output", [](const std::vector<Address>& m, Address bias, Address norm_weight, Address norm_bias,
                                 Address time_bias, Address residual, Address y, int64_t batch, int64_t length,
@@ -65,8 +65,7 @@ void bind_unet(py::module_ m) {
         std::vector<const unet::bfloat16*> points;
         for (const Address point : m) points.push_back(halves(point));
         unet::winograd_output(points.data(), pointer(bias), pointer(norm_weight), pointer(norm_bias), pointer(time_bias),
-                              halves(residual), halves(y), static_cast<int>(points.size()) - 4, batch, length, channels,
-                              num_threads);
+                              halves(residual), halves(y), batch, length, channels, num_threads);
     }, release);
 }
 

@@ -13,107 +13,82 @@ namespace {
 
 using namespace vectors;
 
-constexpr int MOST_POINTS = 8;
 using threads::parallel;
 
-// The transforms of one channel. A pair of points +-p shares the even and the odd part of its polynomial.
-template <int TILE>
-struct Transform;
-
-template <>
-struct Transform<2> {
-    static constexpr int POINTS = 6;
-    static constexpr float A = 3.0f / 2, B = 2.0f / 3;  // A B = 1
-    static ALWAYS_INLINE void input(const float* r, float* v) {
-        v[0] = r[0] - (A * A + B * B) * r[2] + r[4];
-        const float even_a = r[4] - B * B * r[2], odd_a = A * r[3] - B * r[1];
-        v[1] = even_a + odd_a;
-        v[2] = even_a - odd_a;
-        const float even_b = r[4] - A * A * r[2], odd_b = B * r[3] - A * r[1];
-        v[3] = even_b + odd_b;
-        v[4] = even_b - odd_b;
-        v[5] = r[1] - (A * A + B * B) * r[3] + r[5];
-    }
-    static ALWAYS_INLINE void output(const float* m, float* y) {
-        y[0] = m[0] + m[1] + m[2] + m[3] + m[4];
-        y[1] = A * (m[1] - m[2]) + B * (m[3] - m[4]) + m[5];
+// s^3 + q[2] s^2 + q[1] s + q[0], with three of the points' squares as roots (-1 is that of i).
+struct Cubic {
+    float q[3];
+    constexpr Cubic(double a, double b, double c)
+        : q{static_cast<float>(-a * b * c), static_cast<float>(a * b + a * c + b * c), static_cast<float>(-a - b - c)} {}
+    ALWAYS_INLINE float operator()(float r0, float r1, float r2, float r3) const {
+        return q[0] * r0 + q[1] * r1 + q[2] * r2 + r3;
     }
 };
 
-template <>
-struct Transform<4> {
-    static constexpr int POINTS = 8;
-    static ALWAYS_INLINE void input(const float* r, float* v) {
-        v[0] = r[6] - r[0] + 5.25f * (r[2] - r[4]);
-        const float even_1 = r[6] - 4.25f * r[4] + r[2], odd_1 = r[5] - 4.25f * r[3] + r[1];
-        v[1] = even_1 + odd_1;
-        v[2] = even_1 - odd_1;
-        const float even_2 = r[6] - 1.25f * r[4] + 0.25f * r[2], odd_2 = 2.0f * r[5] - 2.5f * r[3] + 0.5f * r[1];
-        v[3] = even_2 + odd_2;
-        v[4] = even_2 - odd_2;
-        const float even_3 = r[6] - 5.0f * r[4] + 4.0f * r[2], odd_3 = 0.5f * r[5] - 2.5f * r[3] + 2.0f * r[1];
-        v[5] = even_3 + odd_3;
-        v[6] = even_3 - odd_3;
-        v[7] = r[7] - r[1] + 5.25f * (r[3] - r[5]);
-    }
-    static ALWAYS_INLINE void output(const float* m, float* y) {
-        const float even_1 = m[1] + m[2], odd_1 = m[1] - m[2], even_2 = m[3] + m[4], odd_2 = m[3] - m[4];
-        const float even_3 = m[5] + m[6], odd_3 = m[5] - m[6];
-        y[0] = m[0] + even_1 + even_2 + even_3;
-        y[1] = odd_1 + 2.0f * odd_2 + 0.5f * odd_3;
-        y[2] = even_1 + 4.0f * even_2 + 0.25f * even_3;
-        y[3] = odd_1 + 8.0f * odd_2 + 0.125f * odd_3 + m[7];
-    }
-};
+constexpr double A = 1.0 / 3, B = 7.0 / 8, C = 8.0 / 5;
+constexpr Cubic WITHOUT_A(B * B, C * C, -1), WITHOUT_B(A * A, C * C, -1), WITHOUT_C(A * A, B * B, -1), WITHOUT_I(A * A, B * B, C * C);
 
-// B^T for the rows of one tile. A row outside the sample is a row of zeros.
-template <int TILE>
-ALWAYS_INLINE void transform_input(const bfloat16* const* rows, bfloat16* const* out, int64_t channels) {
-    constexpr int POINTS = Transform<TILE>::POINTS;
-    const bfloat16* row[POINTS];
-    bfloat16* point[POINTS];
-    std::copy(rows, rows + POINTS, row);
-    std::copy(out, out + POINTS, point);
+// B^T of one channel. A point and its negative share the even and the odd part of their polynomials.
+ALWAYS_INLINE void transform_input(const float* r, float* v) {
+    const auto real = [&](const Cubic& others, float point, float* pair) {
+        const float even = others(r[0], r[2], r[4], r[6]), odd = others(r[1], r[3], r[5], r[7]);
+        pair[0] = odd + point * even;
+        pair[1] = odd - point * even;
+    };
+    real(WITHOUT_A, A, v);
+    real(WITHOUT_B, B, v + 2);
+    real(WITHOUT_C, C, v + 4);
+    const float even = WITHOUT_I(r[0], r[2], r[4], r[6]), odd = WITHOUT_I(r[1], r[3], r[5], r[7]);
+    v[6] = even - odd;
+    v[7] = even + odd;
+    v[8] = odd;
+    v[9] = even + WITHOUT_I(r[2], r[4], r[6], r[8]);
+}
+
+// A^T of one channel.
+ALWAYS_INLINE void transform_output(const float* m, float* y) {
+    const float even_a = m[0] + m[1], even_b = m[2] + m[3], even_c = m[4] + m[5], even_i = m[6] + m[8];
+    const float odd_a = m[0] - m[1], odd_b = m[2] - m[3], odd_c = m[4] - m[5], odd_i = m[7] + m[8];
+    constexpr float A1 = A, A2 = A * A, A3 = A * A2, A4 = A2 * A2;
+    constexpr float B1 = B, B2 = B * B, B3 = B * B2, B4 = B2 * B2;
+    constexpr float C1 = C, C2 = C * C, C3 = C * C2, C4 = C2 * C2;
+    y[0] = even_a + even_b + even_c + even_i;
+    y[1] = A1 * odd_a + B1 * odd_b + C1 * odd_c + odd_i;
+    y[2] = A2 * even_a + B2 * even_b + C2 * even_c - even_i;
+    y[3] = A3 * odd_a + B3 * odd_b + C3 * odd_c - odd_i;
+    y[4] = A4 * even_a + B4 * even_b + C4 * even_c + even_i + m[9];
+}
+
+// All channels of a tile's rows -> its points. A row outside the sample is a row of zeros.
+FOR_EACH_CPU
+void input_tile(const bfloat16* const* rows, bfloat16* v, int64_t plane, int64_t channels) {
+    const bfloat16* row[SPAN];
+    std::copy(rows, rows + SPAN, row);
 #pragma GCC ivdep
     for (int64_t c = 0; c < channels; ++c) {
-        float r[POINTS], v[POINTS];
-#pragma GCC unroll 8
-        for (int i = 0; i < POINTS; ++i) r[i] = widen(row[i][c]);
-        Transform<TILE>::input(r, v);
-#pragma GCC unroll 8
-        for (int i = 0; i < POINTS; ++i) point[i][c] = narrow(v[i]);
+        float r[SPAN], point[POINTS];
+#pragma GCC unroll 9
+        for (int i = 0; i < SPAN; ++i) r[i] = widen(row[i][c]);
+        transform_input(r, point);
+#pragma GCC unroll 10
+        for (int i = 0; i < POINTS; ++i) v[i * plane + c] = narrow(point[i]);
     }
 }
 
-// A^T for one tile: all channels of its points -> TILE rows of `values` [TILE, C], bias added.
-template <int TILE>
-ALWAYS_INLINE void transform_output(const bfloat16* const* points, const float* bias, float* values, int64_t channels) {
-    constexpr int POINTS = Transform<TILE>::POINTS;
+// All channels of a tile's points -> its rows `values` [TILE, C], bias added.
+FOR_EACH_CPU
+void output_tile(const bfloat16* const* points, const float* bias, float* __restrict__ values, int64_t channels) {
     const bfloat16* point[POINTS];
     std::copy(points, points + POINTS, point);
 #pragma GCC ivdep
     for (int64_t c = 0; c < channels; ++c) {
         float m[POINTS], y[TILE];
-#pragma GCC unroll 8
+#pragma GCC unroll 10
         for (int i = 0; i < POINTS; ++i) m[i] = widen(point[i][c]);
-        Transform<TILE>::output(m, y);
-#pragma GCC unroll 4
+        transform_output(m, y);
+#pragma GCC unroll 5
         for (int i = 0; i < TILE; ++i) values[i * channels + c] = y[i] + bias[c];
     }
-}
-
-// Templates cannot be cloned, so each tile size has its function.
-FOR_EACH_CPU void input_2(const bfloat16* const* rows, bfloat16* const* out, int64_t channels) {
-    transform_input<2>(rows, out, channels);
-}
-FOR_EACH_CPU void input_4(const bfloat16* const* rows, bfloat16* const* out, int64_t channels) {
-    transform_input<4>(rows, out, channels);
-}
-FOR_EACH_CPU void output_2(const bfloat16* const* points, const float* bias, float* values, int64_t channels) {
-    transform_output<2>(points, bias, values, channels);
-}
-FOR_EACH_CPU void output_4(const bfloat16* const* points, const float* bias, float* values, int64_t channels) {
-    transform_output<4>(points, bias, values, channels);
 }
 
 // Sums of the rows' deviations from `center` and of their squares, channel by channel.
@@ -141,23 +116,20 @@ void finish_row(const float* value, const float* scale, const float* shift, cons
 
 }  // namespace
 
-void winograd_input(const bfloat16* x, const bfloat16* skip, bfloat16* v, int tile, int64_t batch, int64_t length,
-                    int64_t channels, int64_t skip_channels, int num_threads) {
-    const int points = tile + 4;
-    const int64_t tiles = (length + tile - 1) / tile, width = channels + skip_channels, plane = batch * tiles * width;
+void winograd_input(const bfloat16* x, const bfloat16* skip, bfloat16* v, int64_t batch, int64_t length, int64_t channels,
+                    int64_t skip_channels, int num_threads) {
+    const int64_t tiles = (length + TILE - 1) / TILE, width = channels + skip_channels, plane = batch * tiles * width;
     parallel(batch, num_threads, [=](int64_t first, int64_t last) {
         const std::vector<bfloat16> zeros(std::max(channels, skip_channels), 0);
         for (int64_t t = first * tiles; t < last * tiles; ++t) {
-            const int64_t sample = t / tiles, top = tile * (t % tiles) - 2;
+            const int64_t sample = t / tiles, top = TILE * (t % tiles) - 2;
             const auto transform = [&](const bfloat16* source, int64_t count, int64_t offset) {
-                const bfloat16* rows[MOST_POINTS];
-                bfloat16* out[MOST_POINTS];
-                for (int i = 0; i < points; ++i) {
+                const bfloat16* rows[SPAN];
+                for (int i = 0; i < SPAN; ++i) {
                     const int64_t row = top + i;
                     rows[i] = row < 0 || row >= length ? zeros.data() : source + (sample * length + row) * count;
-                    out[i] = v + i * plane + t * width + offset;
                 }
-                (tile == 2 ? input_2 : input_4)(rows, out, count);
+                input_tile(rows, v + t * width + offset, plane, count);
             };
             transform(x, channels, 0);
             if (skip) transform(skip, skip_channels, channels);
@@ -166,18 +138,18 @@ void winograd_input(const bfloat16* x, const bfloat16* skip, bfloat16* v, int ti
 }
 
 void winograd_output(const bfloat16* const* m, const float* bias, const float* norm_weight, const float* norm_bias,
-                     const float* time_bias, const bfloat16* residual, bfloat16* y, int tile, int64_t batch, int64_t length,
-                     int64_t channels, int num_threads) {
-    const int64_t tiles = (length + tile - 1) / tile, width = channels / GROUPS;
+                     const float* time_bias, const bfloat16* residual, bfloat16* y, int64_t batch, int64_t length, int64_t channels,
+                     int num_threads) {
+    const int64_t tiles = (length + TILE - 1) / TILE, width = channels / GROUPS;
     parallel(batch, num_threads, [=](int64_t begin, int64_t end) {
-        std::vector<float> values(tile * tiles * channels), sum(channels), square(channels), scale(channels), shift(channels);
+        std::vector<float> values(TILE * tiles * channels), sum(channels), square(channels), scale(channels), shift(channels);
         const std::vector<float> no_bias(channels, 0.0f);
         const std::vector<bfloat16> no_residual(channels, 0);
         for (int64_t sample = begin; sample < end; ++sample) {
             for (int64_t t = 0; t < tiles; ++t) {
-                const bfloat16* points[MOST_POINTS];
-                for (int i = 0; i < tile + 4; ++i) points[i] = m[i] + (sample * tiles + t) * channels;
-                (tile == 2 ? output_2 : output_4)(points, bias, values.data() + tile * t * channels, channels);
+                const bfloat16* points[POINTS];
+                for (int i = 0; i < POINTS; ++i) points[i] = m[i] + (sample * tiles + t) * channels;
+                output_tile(points, bias, values.data() + TILE * t * channels, channels);
             }
             // Deviations from the first row, so that a large common offset does not eat the variance.
             std::fill(sum.begin(), sum.end(), 0.0f);

@@ -1,16 +1,15 @@
 """The U-Net's blocks on the CPU in bfloat16: Winograd convolutions with everything around the matrix products fused.
 
-    conv block   v = B^T x;  m[p] = v[p] u[p], p = 0 .. P - 1;  y = mish(group_norm(A^T m + bias)) (+ time bias) (+ residual)
+    conv block   v = B^T x;  m[p] = v[p] u[p], p = 0 .. 9;  y = mish(group_norm(A^T m + bias)) (+ time bias) (+ residual)
 
-Activations are [B, L, C] bfloat16, channels last: every matrix product runs over B ceil(L / tile) contiguous rows, in oneDNN
-(AVX-512 bf16 or AMX where the processor has them) and against matrices that are laid out once for it (matrix_cpu.py). For a row
-F(2, 5) needs three products and F(4, 5) two, where the direct convolution needs five. The transforms, the normalisation and the
-activation are csrc/unet_cpu.cpp: one pass before and one after the products, where PyTorch's chain of operators makes a dozen over
-tensors of twice the size. Sums and norms are float32.
+Activations are [B, L, C] bfloat16, channels last: every matrix product runs over B ceil(L / 5) contiguous rows, in oneDNN
+(AVX-512 bf16 or AMX where the processor has them) and against matrices that are laid out once for it (matrix_cpu.py). Five rows
+need ten products, where the direct convolution needs 25. The transforms, the normalisation and the activation are
+csrc/unet_cpu.cpp: one pass before and one after the products, where PyTorch's chain of operators makes a dozen over tensors of
+twice the size. Sums and norms are float32.
 
-Error: where rows are independent, F(2, 5) has 2.3 times the rounding of a direct convolution in bfloat16, F(4, 5) 4.4 times; the
-smoother the rows, the less. Only the coarsest level, whose errors the way up dampens, takes F(4, 5): there the full-size network
-is at 1.2 (smooth trajectories) to 1.7 (noise) times the error of plain bfloat16, and rollouts stay within 2e-2 of float32
+Error: where rows are independent, 2.04 times the rounding of a direct convolution in bfloat16; the smoother the rows, the less
+(csrc/unet_cpu.h: its points are the least sensitive of their kind). Rollouts stay within 2e-2 of float32
 (tests/conformance.py --backend bf16).
 """
 
@@ -29,8 +28,8 @@ from dydiff.kernels.native import why_unavailable
 from dydiff.kernels.unet_reference import GROUPS, Weights
 
 TAPS = 5
-# Finite points of F(tile, 5) in the order of csrc/unet_cpu.cpp; infinity is the last.
-TILE_POINTS = {2: (0.0, 3 / 2, -3 / 2, 2 / 3, -2 / 3), 4: (0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5)}
+TILE = 5
+REAL_POINTS = (1 / 3, 7 / 8, 8 / 5)  # with their negatives, +-i and infinity; as in csrc/unet_cpu.h
 
 Packed = dict[str, Tensor | ConstantMatrix | list[ConstantMatrix]]
 
@@ -49,15 +48,14 @@ class CpuBlocks:
         # Megabytes that are asked for anew come as untouched pages, and touching them costs more than the transforms do.
         self._scratch: dict[str, Tensor] = {}
 
-    def pack(self, weights: Weights, coarse: bool = False) -> Packed:
+    def pack(self, weights: Weights) -> Packed:
         """Filters of the blocks to a matrix for each point, other convolutions to matrices with their bias; the rest as float32."""
-        tile = 4 if coarse else 2
         weights = {name: value.detach().float().contiguous() for name, value in weights.items()}
         packed: Packed = {name: value for name, value in weights.items() if value.ndim == 1}
         for name, value in weights.items():
             bias = weights.get(name.removesuffix("weight") + "bias")
             if name.endswith("conv.weight"):
-                packed[name] = [ConstantMatrix(point) for point in _transform_filter(value, tile)]
+                packed[name] = [ConstantMatrix(point) for point in _transform_filter(value)]
             elif value.ndim == 3 and value.shape[2] == 4:
                 packed[name] = [ConstantMatrix(taps, bias) for taps in _pair_taps(value)]
             elif name == "weight" and value.shape[2] == 1:  # the network's last, narrow product stays float32
@@ -104,14 +102,13 @@ class CpuBlocks:
         residual: Tensor | None,
     ) -> Tensor:
         filters = packed[prefix + "conv.weight"]  # a [C_in, C_out] for each point
-        tile = len(filters) - TAPS + 1
         batch, length, channels = x.shape
         skip_channels = 0 if skip is None else skip.shape[2]
-        tiles = -(-length // tile)
+        tiles = -(-length // TILE)
         threads = torch.get_num_threads()
         v = self._reuse("v", len(filters), batch * tiles, channels + skip_channels)
-        sizes = tile, batch, length, channels
-        self._native.winograd_input(x.data_ptr(), _address(skip), v.data_ptr(), *sizes, skip_channels, threads)
+        sizes = batch, length, channels, skip_channels
+        self._native.winograd_input(x.data_ptr(), _address(skip), v.data_ptr(), *sizes, threads)
         m = [matrix.multiply(rows) for matrix, rows in zip(filters, v, strict=True)]
         y = x.new_empty(batch, length, filters[0].shape[1])
         norm = [packed[prefix + name] for name in ("conv.bias", "norm.weight", "norm.bias")]
@@ -127,16 +124,21 @@ class CpuBlocks:
         return self._scratch[name][:size].view(shape)
 
 
-def _transform_filter(weight: Tensor, tile: int) -> Tensor:
-    """G w: [C_out, C_in, 5] -> [tile + 4, C_in, C_out] float64. A row of G: a point's powers over its distances to the others."""
+def _transform_filter(weight: Tensor) -> Tensor:
+    """G w: [C_out, C_in, 5] -> [10, C_in, C_out] float64, the points in the order of csrc/unet_cpu.cpp."""
     if weight.shape[2] != TAPS or weight.shape[0] % GROUPS:
         raise DydiffError(
             f"The bf16 backend computes convolutions of {TAPS} taps over a multiple of {GROUPS} channels, not {weight.shape[2]} "
             f"taps over {weight.shape[0]} channels. Use --set sampler_kwargs.backend=extension."
         )
-    points = TILE_POINTS[tile]
-    distances = [math.prod(point - other for other in points if other != point) for point in points]
-    rows = [[point**tap / distance for tap in range(TAPS)] for point, distance in zip(points, distances, strict=True)]
+    rows = []
+    for point in REAL_POINTS:
+        # The derivative at the point of the polynomial whose roots all points are.
+        slope = 2 * point * (point**2 + 1) * math.prod(point**2 - other**2 for other in REAL_POINTS if other != point)
+        rows += [[sign * (sign * point) ** tap / slope for tap in range(TAPS)] for sign in (1, -1)]
+    scale = math.prod(-1 - point**2 for point in REAL_POINTS)
+    real, imaginary = [1 / scale, 0, -1 / scale, 0, 1 / scale], [0, 1 / scale, 0, -1 / scale, 0]  # of 1, i, -1, -i, 1
+    rows += [real, [-x for x in imaginary], [x + y for x, y in zip(real, imaginary, strict=True)]]
     transform = torch.tensor([*rows, [0.0] * (TAPS - 1) + [1.0]], dtype=torch.float64)
     return torch.einsum("pk,oik->pio", transform, weight.double())
 

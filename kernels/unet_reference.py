@@ -27,11 +27,8 @@ class ReferenceBlocks:
     def __init__(self, dtype: torch.dtype = torch.float32):
         self.dtype = dtype
 
-    def pack(self, weights: Weights, coarse: bool = False) -> dict[str, Tensor]:
-        """Prepare the weights of one block or layer (any of those below).
-
-        `coarse`: it works at the lowest of three or more resolutions, where rounding errors reach the result dampened.
-        """
+    def pack(self, weights: Weights) -> dict[str, Tensor]:
+        """Prepare the weights of one block or layer (any of those below)."""
         return {name: value.detach().to(self.dtype) for name, value in weights.items()}
 
     def enter(self, x: Tensor) -> Tensor:

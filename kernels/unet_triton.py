@@ -77,7 +77,7 @@ class TwoPassBlocks:
         self.capability = capability
         self.execute = execute
 
-    def pack(self, weights: dict[str, Tensor], coarse: bool = False) -> ResidualBlock | ConvBlock | Convolution:
+    def pack(self, weights: dict[str, Tensor]) -> ResidualBlock | ConvBlock | Convolution:
         packed = packing.pack(weights, self.dtype)
         taps = max(weight.shape[2] for weight in weights.values() if weight.ndim == 3)
         if taps // 2 > self.gap and taps % 2:

@@ -18,7 +18,7 @@ from dydiff.networks.unet import ResidualBlock, UNet
 class Blocks(Protocol):
     """What a backend offers; an activation is whatever its `enter` returns. kernels/unet_reference.py documents each method."""
 
-    def pack(self, weights: dict[str, Tensor], coarse: bool = False) -> Any: ...
+    def pack(self, weights: dict[str, Tensor]) -> Any: ...
     def enter(self, x: Tensor) -> Any: ...
     def residual_block(self, x: Any, skip: Any | None, packed: Any, time_bias: Tensor) -> Any: ...
     def downsample(self, x: Any, packed: Any) -> Any: ...
@@ -40,17 +40,13 @@ class FusedUNet:
     def refresh(self) -> None:
         """Pack the U-Net's present weights."""
 
-        def pack(module: nn.Module, coarse: bool = False) -> Any:
-            return self.blocks.pack(module.state_dict(), coarse)
+        def pack(module: nn.Module) -> Any:
+            return self.blocks.pack(module.state_dict())
 
         unet = self.unet
-        *finer, last = unet.down
-        coarse = len(finer) >= 2
-        self.down = [*([pack(block) for block in pair] for pair in finer), [pack(block, coarse) for block in last]]
+        self.down, self.up = ([[pack(block) for block in pair] for pair in pairs] for pairs in (unet.down, unet.up))
         self.downsample = [pack(layer) for layer in unet.downsample]
-        self.middle = [pack(block, coarse) for block in unet.middle]
-        # The way up begins where the way down ended.
-        self.up = [[pack(block, coarse and level == 0) for block in pair] for level, pair in enumerate(unet.up)]
+        self.middle = [pack(block) for block in unet.middle]
         self.upsample = [pack(layer) for layer in unet.upsample]
         self.final = pack(unet.final_block), pack(unet.final_conv)
 
