@@ -21,7 +21,7 @@ int enough_threads(int64_t elements, int num_threads) {
 // With e = exp(z) and n = e^2 + 2e, mish' = n / (n + 2) + 4 z e (e + 1) / (n + 2)^2. Beyond 20, where the
 // exponential is held, the second term is below rounding.
 ALWAYS_INLINE float mish_slope(float z) {
-    const float e = exponential(std::min(z, 20.0f));
+    const float e = exponential(z);
     const float n = e * (e + 2.0f), inverse = 1.0f / (n + 2.0f);
     return n * inverse + 4.0f * z * (e * inverse) * ((e + 1.0f) * inverse);
 }

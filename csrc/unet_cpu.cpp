@@ -91,7 +91,7 @@ void output_tile(const bfloat16* const* points, const float* bias, float* __rest
     }
 }
 
-// Sums of the rows' deviations from `center` and of their squares, channel by channel.
+// Adds the rows' deviations from `center` and their squares, channel by channel.
 FOR_EACH_CPU
 void accumulate(const float* __restrict__ values, const float* center, float* __restrict__ sum, float* __restrict__ square,
                 int64_t rows, int64_t channels) {
@@ -101,6 +101,31 @@ void accumulate(const float* __restrict__ values, const float* center, float* __
             const float deviation = value[c] - center[c];
             sum[c] += deviation;
             square[c] += deviation * deviation;
+        }
+    }
+}
+
+// GroupNorm as y = scale x + shift, from what `accumulate` found over all rows: the channels' means and squared deviations
+// merged (Chan et al. 1979).
+FOR_EACH_CPU
+void find_norm(const float* center, const float* sum, const float* square, const float* weight, const float* bias,
+               float* __restrict__ scale, float* __restrict__ shift, int64_t rows, int64_t channels) {
+    const int64_t width = channels / GROUPS;
+    const float share = 1.0f / rows;
+    for (int64_t from = 0; from < channels; from += width) {
+        double total = 0, spread = 0;
+#pragma omp simd reduction(+ : total)
+        for (int64_t c = from; c < from + width; ++c) total += center[c] + sum[c] * share;
+        const double mean = total / width;
+#pragma omp simd reduction(+ : spread)
+        for (int64_t c = from; c < from + width; ++c) {
+            const double offset = center[c] + sum[c] * share - mean;
+            spread += square[c] - static_cast<double>(sum[c]) * sum[c] * share + rows * offset * offset;
+        }
+        const double inverse = 1.0 / std::sqrt(std::max(spread, 0.0) / (rows * width) + EPSILON);
+        for (int64_t c = from; c < from + width; ++c) {
+            scale[c] = static_cast<float>(weight[c] * inverse);
+            shift[c] = static_cast<float>(bias[c] - mean * weight[c] * inverse);
         }
     }
 }
@@ -140,36 +165,23 @@ void winograd_input(const bfloat16* x, const bfloat16* skip, bfloat16* v, int64_
 void winograd_output(const bfloat16* const* m, const float* bias, const float* norm_weight, const float* norm_bias,
                      const float* time_bias, const bfloat16* residual, bfloat16* y, int64_t batch, int64_t length, int64_t channels,
                      int num_threads) {
-    const int64_t tiles = (length + TILE - 1) / TILE, width = channels / GROUPS;
+    const int64_t tiles = (length + TILE - 1) / TILE;
     parallel(batch, num_threads, [=](int64_t begin, int64_t end) {
         std::vector<float> values(TILE * tiles * channels), sum(channels), square(channels), scale(channels), shift(channels);
         const std::vector<float> no_bias(channels, 0.0f);
         const std::vector<bfloat16> no_residual(channels, 0);
         for (int64_t sample = begin; sample < end; ++sample) {
+            std::fill(sum.begin(), sum.end(), 0.0f);
+            std::fill(square.begin(), square.end(), 0.0f);
             for (int64_t t = 0; t < tiles; ++t) {
                 const bfloat16* points[POINTS];
                 for (int i = 0; i < POINTS; ++i) points[i] = m[i] + (sample * tiles + t) * channels;
-                output_tile(points, bias, values.data() + TILE * t * channels, channels);
+                float* tile = values.data() + TILE * t * channels;
+                output_tile(points, bias, tile, channels);
+                // Deviations from the first row, so that a large common offset does not eat the variance.
+                accumulate(tile, values.data(), sum.data(), square.data(), std::min<int64_t>(TILE, length - TILE * t), channels);
             }
-            // Deviations from the first row, so that a large common offset does not eat the variance.
-            std::fill(sum.begin(), sum.end(), 0.0f);
-            std::fill(square.begin(), square.end(), 0.0f);
-            accumulate(values.data(), values.data(), sum.data(), square.data(), length, channels);
-            for (int64_t from = 0; from < channels; from += width) {
-                // Merge the channels' means and squared deviations (Chan et al. 1979).
-                double total = 0, spread = 0;
-                for (int64_t c = from; c < from + width; ++c) total += values[c] + sum[c] / length;
-                const double mean = total / width;
-                for (int64_t c = from; c < from + width; ++c) {
-                    const double offset = values[c] + sum[c] / length - mean;
-                    spread += square[c] - static_cast<double>(sum[c]) * sum[c] / length + length * offset * offset;
-                }
-                const double inverse = 1.0 / std::sqrt(std::max(spread, 0.0) / (length * width) + EPSILON);
-                for (int64_t c = from; c < from + width; ++c) {
-                    scale[c] = static_cast<float>(norm_weight[c] * inverse);
-                    shift[c] = static_cast<float>(norm_bias[c] - mean * norm_weight[c] * inverse);
-                }
-            }
+            find_norm(values.data(), sum.data(), square.data(), norm_weight, norm_bias, scale.data(), shift.data(), length, channels);
             for (int64_t row = 0; row < length; ++row) {
                 const int64_t at = (sample * length + row) * channels;
                 finish_row(values.data() + row * channels, scale.data(), shift.data(), time_bias ? time_bias : no_bias.data(),

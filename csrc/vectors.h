@@ -35,27 +35,34 @@ ALWAYS_INLINE bfloat16 narrow(float value) {
     return static_cast<bfloat16>(value != value ? 0x7fc0u : rounded);
 }
 
-// e^x to about 1e-7 relative for x <= 20, in operations that vectorise: 2^n by its bits, the rest by a polynomial.
+// e^x to about 1e-7 relative for -87 <= x <= 20, and as at the nearer end beyond, in operations that vectorise: 2^(n + f).
 ALWAYS_INLINE float exponential(float x) {
-    x = std::max(x, -87.0f);
-    const float n = std::floor(x * 1.44269504f + 0.5f);
-    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23;
-    float scale;
-    std::memcpy(&scale, &bits, sizeof scale);
-    return p * scale;
+    constexpr float LOG2_E = 1.44269504f, SHIFT = 12582912.0f;  // 1.5 2^23: a sum with it is a whole number, in its last bits
+    // As integers floats are in order, negative ones backwards; a minimum of floats would be three instructions.
+    int32_t ordered;
+    std::memcpy(&ordered, &x, sizeof ordered);
+    ordered = std::min(ordered, 0x41a00000);  // 20
+    const uint32_t clamped = std::min(static_cast<uint32_t>(ordered), 0xc2ae0000u);  // -87
+    std::memcpy(&x, &clamped, sizeof x);
+    const float shifted = x * LOG2_E + SHIFT;
+    const float f = x * LOG2_E - (shifted - SHIFT);
+    float power = 1.32765e-3f;  // minimax of 2^f / power - 1 on [-1/2, 1/2]
+    power = power * f + 9.67554e-3f;
+    power = power * f + 5.550713e-2f;
+    power = power * f + 2.402212e-1f;
+    power = power * f + 6.93147e-1f;
+    power = power * f + 1.0f;
+    uint32_t n, bits;
+    std::memcpy(&n, &shifted, sizeof n);
+    std::memcpy(&bits, &power, sizeof bits);
+    bits += n << 23;
+    std::memcpy(&power, &bits, sizeof power);
+    return power;
 }
 
 // y tanh(softplus(y)) = y (e^2 + 2e) / (e^2 + 2e + 2), e = exp(y); beyond 20 it is y to the last bit.
 ALWAYS_INLINE float mish(float y) {
-    const float e = exponential(std::min(y, 20.0f));
+    const float e = exponential(y);
     const float n = e * (e + 2.0f);
     return y * (n / (n + 2.0f));
 }
