@@ -152,7 +152,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override any setting; repeatable")
     parser.add_argument("--device", default=None, help="cpu, cuda:0, ...; default: the file's gpu ids")
     parser.add_argument("--outdir", default=RUNS, help="where run folders go and trained models are looked for")
-    parser.add_argument("--resume", action="store_true", help="continue this experiment's unfinished runs, skip finished ones")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue what is unfinished, and policies that now have more epochs; skip the rest"
+    )
 
 
 def add_worker_options(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class Job:
     command: list[str]
     variants: tuple[int, ...] = ()
     siblings: tuple[Path, ...] = ()  # the other folders
+    continues: bool = False  # a run that finished, but now with more epochs
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -86,16 +88,20 @@ def _worker_command(file: str, overrides: Sequence[str], dataset: str | None, ro
 def _list_jobs(experiment: Experiment, command: list[str], root: Path, resume: bool) -> list[Job]:
     jobs, name = [], experiment.meta.exp_name
     for group in experiment.groups:
-        folders = {}
+        folders, continues = {}, False
         for index in group:
-            folder = find_run_of(root, describe(name, experiment.variants[index]), complete) if resume else None
-            if folder is not None and len(group) > 1 and _is_finished(folder):
+            settings = describe(name, experiment.variants[index])
+            folder = find_run_of(root, settings, complete) if resume else None
+            shorter = find_run_of(root, settings, partial(_lengthen, settings)) if resume and folder is None else None
+            if shorter is not None:
+                folder, continues = shorter, True
+            elif folder is not None and len(group) > 1 and _is_finished(folder):
                 print(f"Already finished: {folder}")  # the other seeds go on without it
                 continue
             folders[index] = folder or new_folder(root, label(name, experiment.variants[index]))
         if folders:
             first, *siblings = folders.values()
-            jobs.append(Job(first, [*command, "--variant", *map(str, folders)], tuple(folders), tuple(siblings)))
+            jobs.append(Job(first, [*command, "--variant", *map(str, folders)], tuple(folders), tuple(siblings), continues))
     return jobs
 
 
@@ -103,7 +109,7 @@ def skip_finished(jobs: Sequence[Job]) -> list[Job]:
     """The jobs that are not finished; names the others."""
     pending = []
     for job in jobs:
-        if _is_finished(job.folder):
+        if _is_finished(job.folder) and not job.continues:
             print(f"Already finished: {job.folder}")
         else:
             pending.append(job)
@@ -223,6 +229,16 @@ def complete(settings: dict[str, Any]) -> dict[str, Any]:
     except DydiffError:  # of another kind of run, or of a setting that is no more
         return settings
     return {**settings, "constants": {key: value for key, value in constants.items() if value is not None}}
+
+
+def _lengthen(settings: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
+    """The stored settings of a policy with as many epochs as `settings` ask for, where it has fewer and they shape nothing."""
+    stored, asked = complete(stored), settings["constants"].get("rl_trainer_params")
+    params = stored.get("constants", {}).get("rl_trainer_params")
+    if not asked or not params or settings["constants"].get("diffql_params", {}).get("lr_decay"):
+        return stored
+    longer = {**params, "num_epochs": max(params["num_epochs"], asked["num_epochs"])}
+    return {**stored, "constants": {**stored["constants"], "rl_trainer_params": longer}}
 
 
 def label(experiment: str, variant: Variant) -> str:

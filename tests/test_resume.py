@@ -173,6 +173,34 @@ def test_killed_run_ends_like_an_undisturbed_one(stage, more, dataset_folder, tr
     assert not list(run.glob(".*.part")), "a half-written file outlived the resumed run"
 
 
+@pytest.mark.parametrize("stage, more", [("td3_bc", ()), ("diffusion_ql", ("--set=diffql_params.lr_decay=false",))])
+def test_a_finished_policy_goes_on_with_more_epochs(stage, more, dataset_folder, trained, tmp_path):
+    whole = Workplace(stage, tmp_path / "whole", dataset_folder, trained, (*more, "--set=rl_trainer_params.num_epochs=8")).finish()
+    place = Workplace(stage, tmp_path / "parts", dataset_folder, trained, (*more, "--set=rl_trainer_params.num_epochs=5"))
+    first = place.finish()
+    assert len(read_log(first)) == 5
+    place.more = (*more, "--set=rl_trainer_params.num_epochs=8")
+    assert place.finish() == first, "it began anew"
+    assert log_without_times(first) == log_without_times(whole)
+    # Others were saved under the settings of their time.
+    assert_equal_trees(*(products(run, stage)["agent.safetensors"] for run in (first, whole)))
+
+    place.more = (*more, "--set=rl_trainer_params.num_epochs=6")  # there is no way back
+    process = place.start()
+    process.join()
+    assert process.exitcode == 0 and len(list(place.root.glob("*/run.json"))) == 2 and len(read_log(first)) == 8
+
+
+def test_epochs_that_shape_a_training_begin_anew(dataset_folder, trained, tmp_path):
+    place = Workplace("diffusion_ql", tmp_path / "place", dataset_folder, trained, ("--set=rl_trainer_params.num_epochs=2",))
+    place.finish()
+    place.more = ("--set=rl_trainer_params.num_epochs=3",)  # its learning rate falls over all of them
+    process = place.start()
+    process.join()
+    assert process.exitcode == 0
+    assert sorted(len(read_log(file.parent)) for file in place.root.glob("*/run.json")) == [2, 3]
+
+
 LONGER = {
     "diffusion": ("--duration=0.002",),
     "dynamics": ("--set=dyn_model_params.max_epochs=60", "--set=dyn_model_params.patience=60"),
