@@ -87,31 +87,37 @@ class Runner:
         if variant in ("published", "stock"):
             self.baseline = BASELINES[name](*sizes, tuned=variant == "stock", device=device)
             self.baseline.load(self.agent)
-            self.update = self.baseline.update
+            self.apply = self._apply_baseline
             self.updates = self._loop_published if variant == "published" else self._loop_stock
         else:
             self.baseline = None
             self.runs = Updates(self.agent, *self.replay, BATCH, REAL_RATIO, self.generator, variant, 0)
-            self.update = self._update_ours
+            self.apply = self._apply_ours
             self.updates = self._run_ours
 
     def _loop_published(self) -> Tensor:
         for _ in range(self.count):
-            self.update(sample_published(*self.replay, BATCH, NUM_REAL))
+            self.baseline.update(sample_published(*self.replay, BATCH, NUM_REAL))
         return torch.ones(1)
 
     def _loop_stock(self) -> Tensor:
         for _ in range(self.count):
-            log = self.update(sample_mixed(*self.replay, BATCH, NUM_REAL, self.generator))
+            log = self.baseline.update(sample_mixed(*self.replay, BATCH, NUM_REAL, self.generator))
         return torch.ones_like(next(iter(log.values()))).reshape(1)
 
     def _run_ours(self) -> Tensor:
         self.runs.run(self.count)
         return torch.ones(1)
 
-    def _update_ours(self, batch: Transitions, noise: tuple) -> None:
-        (variant,) = self.runs._advance(1)
-        self.runs._apply(batch, noise, variant)
+    def _apply_baseline(self, draws: list[tuple[Transitions, tuple]]) -> None:
+        for batch, noise in draws:
+            self.baseline.update(batch, noise)
+
+    def _apply_ours(self, draws: list[tuple[Transitions, tuple]]) -> None:
+        draws = [(torch.cat([field.view(BATCH, -1) for field in batch], dim=1), noise) for batch, noise in draws]
+        for first in range(0, len(draws), self.runs.at_once):
+            some = draws[first : first + self.runs.at_once]
+            self.runs._apply(self.runs._advance(len(some)), some)
 
     def weights(self) -> Tensor:
         """Both critics' and the policy's."""
@@ -128,9 +134,11 @@ class Runner:
         before = self.weights()
         generator = torch.Generator(self.agent.device).manual_seed(4)
         buffers = [ReplayBuffer.from_transitions(each, TRANSITIONS) for each in (self.real, self.synthetic)]
+        draws = []
         for _ in range(CHECKED_UPDATES):
             batch = sample_mixed(*buffers, BATCH, NUM_REAL, generator)
-            self.update(batch, self.agent.draw_noise(BATCH, generator))
+            draws.append((batch, self.agent.draw_noise(BATCH, generator)))
+        self.apply(draws)
         return self.weights() - before
 
 

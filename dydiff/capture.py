@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -18,8 +19,24 @@ def compile_function(function: Callable[..., Any], setting: str = "sampler_kwarg
 
     `setting` is what the message recommends to change.
     """
-    compiled = torch.compile(function, dynamic=False)
+    return _explain_failures(torch.compile(function, dynamic=False), setting)
 
+
+def compile_unchecked(function: FunctionType, device: torch.device, setting: str) -> Callable[..., Any]:
+    """`compile_function` for a function whose calls are all alike: what they have in common is not checked at every call.
+
+    Its tensors, given or read elsewhere, may change in their values only, and nothing else that it reads may change at all.
+    Where gradients cannot be traced (`trace_gradients`), everything is checked, because the function falls apart.
+    """
+    if not trace_gradients():
+        return compile_function(function, setting)
+    # Compiled code is kept beside the code that it was made of, which all closures of one `def` share: give it its own.
+    own = FunctionType(function.__code__.replace(), function.__globals__, closure=function.__closure__)
+    options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, "cpp_wrapper": device.type == "cpu"}
+    return _explain_failures(torch.compile(own, dynamic=False, options=options), setting)
+
+
+def _explain_failures(compiled: Callable[..., Any], setting: str) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
         try:
             return compiled(*arguments)

@@ -11,17 +11,18 @@ from torch import Tensor
 
 from dydiff.agents import Agent
 from dydiff.agents.stack import stack_agents
-from dydiff.capture import CapturedGraph, can_compile, compile_function, trace_gradients, warm_up
-from dydiff.data import Transitions
+from dydiff.capture import CapturedGraph, can_compile, compile_unchecked, trace_gradients, warm_up
 from dydiff.device import fast_float32, keep_freed_memory
 from dydiff.errors import DydiffError
 from dydiff.replay import ReplayBuffer, count_real, draw_mixed_rows, split_rows
 
 MODES = ("auto", "eager", "compiled", "graph")
-UPDATES_A_GRAPH = 10  # a multiple of the agents' own rhythms (2 and 5), so that few different graphs are needed
+UPDATES_A_GRAPH = 10  # a multiple of what the agents' variants repeat after (2 and 5), so that few different graphs are needed
 WORTH_COMPILING = 50_000  # updates of a run; compiling takes about as long as it saves in this many
 
 Sums = dict[str, Tensor]
+Variants = tuple[tuple[bool, ...], ...]
+Draw = tuple[Tensor, NamedTuple]  # a batch's rows and the noise of its update
 
 
 class Learner(NamedTuple):
@@ -36,9 +37,10 @@ class Learner(NamedTuple):
 class Updates:
     """Runs updates of an agent: draws each batch and its noise from `generator`, applies them, and averages what is logged.
 
-    Modes: `eager`; `compiled`, the update by Inductor; `graph`, on a GPU, several updates with their draws as one CUDA graph,
-    one graph per pattern of what the agent's step counter decides. All consume the same random numbers and differ in rounding
-    only. `auto` is `graph` on a GPU and `compiled` on a CPU that has a compiler, if the run's `num_updates` pay for it.
+    Modes: `eager`; `compiled`, few updates by Inductor; `graph`, on a GPU, several updates with their draws as one CUDA graph.
+    The fast ones make one function or graph per pattern of what the agent's step counter decides. All consume the same random
+    numbers and differ in rounding only. `auto` is `graph` on a GPU and `compiled` on a CPU that has a compiler, if the run's
+    `num_updates` pay for it.
 
     Raises:
         DydiffError: no such mode, or one that cannot work on the agent's device.
@@ -73,10 +75,9 @@ class Updates:
         return updates
 
     def _prepare(self, agent: Agent) -> None:
-        self._apply = agent.apply_update
-        if self.mode == "compiled":
-            trace_gradients()
-            self._apply = compile_function(agent.apply_update, "rl_trainer_params.update_mode")
+        self._agent = agent  # the only one, or all in one
+        self.at_once = {"eager": 1, "compiled": agent.rhythm, "graph": UPDATES_A_GRAPH}[self.mode]
+        self._functions: dict[Variants, Callable[[list[Draw]], tuple[Sums, dict[str, int]]]] = {}
         self._graphs: dict[Hashable, CapturedGraph | None] = {}
 
     def run(self, count: int, on_update: Callable[[int], None] = lambda count: None) -> dict[str, float]:
@@ -89,10 +90,9 @@ class Updates:
         nums_real = tuple(count_real(each.synthetic, self.batch_size, self.real_ratio) for each in self.learners)
         totals: Sums = {}
         counts: dict[str, int] = {}
-        at_once = UPDATES_A_GRAPH if self.mode == "graph" else 1
         with fast_float32():
-            for first in range(0, count, at_once):
-                variants = self._advance(min(at_once, count - first))
+            for first in range(0, count, self.at_once):
+                variants = self._advance(min(self.at_once, count - first))
                 sums, numbers = self._run_together(variants, nums_real)
                 for name, value in sums.items():
                     totals[name] = totals[name] + value if name in totals else value.clone()
@@ -101,7 +101,7 @@ class Updates:
         means = {name: (total / counts[name]).view(-1).tolist() for name, total in totals.items()}
         return [{name: values[index] for name, values in means.items()} for index in range(len(self.learners))]
 
-    def _advance(self, count: int) -> tuple[tuple[bool, ...], ...]:
+    def _advance(self, count: int) -> Variants:
         """Count the next updates as done, and return what the agents' step counters, all the same, decide for each."""
         variants = []
         for _ in range(count):
@@ -110,7 +110,7 @@ class Updates:
                 learner.agent.step += 1
         return tuple(variants)
 
-    def _run_together(self, variants: tuple[tuple[bool, ...], ...], nums_real: tuple[int, ...]) -> tuple[Sums, dict[str, int]]:
+    def _run_together(self, variants: Variants, nums_real: tuple[int, ...]) -> tuple[Sums, dict[str, int]]:
         work = partial(self._compute, variants, nums_real)
         if self.mode != "graph":
             return work()
@@ -122,26 +122,38 @@ class Updates:
             self._graphs[key] = CapturedGraph(work, *(learner.generator for learner in self.learners))
         return self._graphs[key].replay()
 
-    def _compute(self, variants: tuple[tuple[bool, ...], ...], nums_real: tuple[int, ...]) -> tuple[Sums, dict[str, int]]:
+    def _compute(self, variants: Variants, nums_real: tuple[int, ...]) -> tuple[Sums, dict[str, int]]:
         """The device work of updates in a row: sums of each logged figure (`[S]` for several seeds), and of how many updates."""
-        sums: Sums = {}
-        counts: dict[str, int] = {}
-        for variant in variants:
-            for name, value in self._apply(*self._draw(nums_real), variant).items():
-                sums[name] = sums[name] + value if name in sums else value
-                counts[name] = counts.get(name, 0) + 1
-        return sums, counts
+        return self._apply(variants, [self._draw(nums_real) for _ in variants])
 
-    def _draw(self, nums_real: tuple[int, ...]) -> tuple[Transitions, NamedTuple]:
+    def _draw(self, nums_real: tuple[int, ...]) -> Draw:
         """A batch and the noise of its update: each seed draws its own, and they are stacked."""
         rows, noises = [], []
         for (agent, real, synthetic, generator), num_real in zip(self.learners, nums_real, strict=True):
             rows.append(draw_mixed_rows(real, synthetic, self.batch_size, num_real, generator))
             noises.append(agent.draw_noise(self.batch_size, generator))
-        widths = self.learners[0].real.widths
         if len(rows) == 1:
-            return split_rows(rows[0], widths), noises[0]
-        return split_rows(torch.stack(rows), widths), type(noises[0])(*map(torch.stack, zip(*noises, strict=True)))
+            return rows[0], noises[0]
+        return torch.stack(rows), type(noises[0])(*map(torch.stack, zip(*noises, strict=True)))
+
+    def _apply(self, variants: Variants, draws: list[Draw]) -> tuple[Sums, dict[str, int]]:
+        """`_compute` on given draws, by one function for each pattern of variants."""
+        if variants not in self._functions:
+            agent, widths = self._agent, self.learners[0].real.widths
+
+            def apply(draws: list[Draw]) -> tuple[Sums, dict[str, int]]:
+                sums: Sums = {}
+                counts: dict[str, int] = {}
+                for variant, (rows, noise) in zip(variants, draws, strict=True):
+                    for name, value in agent.apply_update(split_rows(rows, widths), noise, variant).items():
+                        sums[name] = sums[name] + value if name in sums else value
+                        counts[name] = counts.get(name, 0) + 1
+                return sums, counts
+
+            if self.mode == "compiled":
+                apply = compile_unchecked(apply, agent.device, "rl_trainer_params.update_mode")
+            self._functions[variants] = apply
+        return self._functions[variants](draws)
 
 
 def choose_mode(mode: str, device: torch.device, num_updates: int) -> str:

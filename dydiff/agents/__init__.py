@@ -22,6 +22,7 @@ class Agent(Protocol):
 
     device: torch.device
     step: int
+    rhythm: int  # how many updates are compiled as one: fewer calls, and variants that repeat after them
 
     def act(self, observation: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Action `[B, A]` for rollouts: deterministic, or one sample of a stochastic actor."""

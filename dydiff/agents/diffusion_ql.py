@@ -81,6 +81,7 @@ class DiffusionQL:
         self.target_critics = make_target(self.critics)
         self.actor_optimizer = Adam(self.actor.parameters(), lr)
         self.critic_optimizer = Adam(self.critics.parameters(), lr)
+        self.rhythm = 1  # updates so long that calls do not matter
         self.step = 0
         self.epoch = 0
 

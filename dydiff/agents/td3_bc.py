@@ -54,6 +54,7 @@ class TD3BC:
         self.target_critics = make_target(self.critics)
         self.policy_optimizer = Adam(self.policy.parameters(), policy_lr)
         self.critic_optimizer = Adam(self.critics.parameters(), qf_lr)
+        self.rhythm = policy_freq if policy_freq <= 4 else 1
         self.step = 0
 
     @torch.no_grad()

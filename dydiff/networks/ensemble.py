@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from dydiff.networks.mlp import find_activation
+
+# Up to so many inputs a sum that the compiler writes out and fuses with bias and activation takes less time than a matrix product.
+FEW_INPUTS = 24
 
 
 class EnsembleLayer(nn.Module):
@@ -90,6 +94,22 @@ def _apply_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Linear maps `[*L, in, out]` with biases `[*L, 1, out]` of `x [*L, B, in]`."""
     if weight.shape[-1] == 1:  # a product with one column wastes a matrix multiplication, and cannot be fused with its neighbours
         return (x * weight.mT).sum(-1, keepdim=True) + bias
-    if weight.dim() == 3 and not is_compiling():  # the compiler adds the bias where it applies the activation
-        return torch.baddbmm(bias, x, weight)
-    return x @ weight + bias
+    if is_compiling():  # the compiler adds the bias where it applies the activation
+        narrow = weight.shape[-2] <= FEW_INPUTS and x.device.type == "cpu"
+        return (_NarrowProduct.apply(x, weight) if narrow else x @ weight) + bias
+    return torch.baddbmm(bias, x, weight) if weight.dim() == 3 else x @ weight + bias
+
+
+class _NarrowProduct(torch.autograd.Function):
+    """`x @ weight` as a sum over few inputs; left to itself, the compiler would write out the gradient of `weight` as well, whose
+    sum over the batch is better a matrix product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return (x.unsqueeze(-1) * weight.unsqueeze(-3)).sum(-2)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return (gradient.unsqueeze(-2) * weight.unsqueeze(-3)).sum(-1), x.mT @ gradient
