@@ -12,7 +12,6 @@ namespace unet {
 namespace {
 
 using namespace vectors;
-
 using threads::parallel;
 
 // s^3 + q[2] s^2 + q[1] s + q[0], with three of the points' squares as roots (-1 is that of i).
@@ -26,9 +25,11 @@ struct Cubic {
 };
 
 constexpr double A = 1.0 / 3, B = 7.0 / 8, C = 8.0 / 5;
-constexpr Cubic WITHOUT_A(B * B, C * C, -1), WITHOUT_B(A * A, C * C, -1), WITHOUT_C(A * A, B * B, -1), WITHOUT_I(A * A, B * B, C * C);
+constexpr Cubic WITHOUT_A(B * B, C * C, -1), WITHOUT_B(A * A, C * C, -1), WITHOUT_C(A * A, B * B, -1);
+constexpr Cubic WITHOUT_I(A * A, B * B, C * C);
 
-// B^T of one channel. A point and its negative share the even and the odd part of their polynomials.
+// B^T of one channel: the real points, 6 to 8 the remainder modulo x^2 + 1, 9 the leading coefficient. A point and its negative share
+// the even and the odd part of their polynomials.
 ALWAYS_INLINE void transform_input(const float* r, float* v) {
     const auto real = [&](const Cubic& others, float point, float* pair) {
         const float even = others(r[0], r[2], r[4], r[6]), odd = others(r[1], r[3], r[5], r[7]);
@@ -181,7 +182,8 @@ void winograd_output(const bfloat16* const* m, const float* bias, const float* n
                 // Deviations from the first row, so that a large common offset does not eat the variance.
                 accumulate(tile, values.data(), sum.data(), square.data(), std::min<int64_t>(TILE, length - TILE * t), channels);
             }
-            find_norm(values.data(), sum.data(), square.data(), norm_weight, norm_bias, scale.data(), shift.data(), length, channels);
+            find_norm(values.data(), sum.data(), square.data(), norm_weight, norm_bias, scale.data(), shift.data(), length,
+                      channels);
             for (int64_t row = 0; row < length; ++row) {
                 const int64_t at = (sample * length + row) * channels;
                 finish_row(values.data() + row * channels, scale.data(), shift.data(), time_bias ? time_bias : no_bias.data(),

@@ -53,6 +53,20 @@ def test_residual_block(batch, length, channels, skip_channels, out_channels):
     assert (fused - exact).abs().max() <= WINOGRAD_FACTOR * (plain - exact).abs().max()
 
 
+def test_mish_at_its_ends():
+    """Where e^x leaves the range of floats on either side."""
+    torch.manual_seed(0)
+    block = ResidualBlock(16, 32, 8, 5).double()
+    for conv_block in (block.block1, block.block2):
+        torch.nn.init.uniform_(conv_block.norm.weight, 50, 100)
+    weights, x, time_bias = block.state_dict(), torch.randn(2, 16, 25).double(), torch.zeros(32).double()
+    exact = run_block(ReferenceBlocks(torch.float64), x, None, weights, time_bias)
+    plain = run_block(ReferenceBlocks(torch.bfloat16), x, None, weights, time_bias)
+    fused = run_block(CpuBlocks(), x, None, weights, time_bias.float())
+    assert exact.max() > 100 and torch.isfinite(fused).all()
+    assert (fused - exact).norm() <= WINOGRAD_FACTOR * (plain - exact).norm()
+
+
 @pytest.mark.parametrize("ordered", [True, False])
 def test_constant_matrix(ordered, monkeypatch):
     if ordered and not matrix_cpu.can_order():
