@@ -112,7 +112,7 @@ FOR_EACH_CPU
 void find_norm(const float* center, const float* sum, const float* square, const float* weight, const float* bias,
                float* __restrict__ scale, float* __restrict__ shift, int64_t rows, int64_t channels) {
     const int64_t width = channels / GROUPS;
-    const float share = 1.0f / rows;
+    const double share = 1.0 / rows;  // in float its rounding would enter the difference of squares below
     for (int64_t from = 0; from < channels; from += width) {
         double total = 0, spread = 0;
 #pragma omp simd reduction(+ : total)
@@ -121,7 +121,7 @@ void find_norm(const float* center, const float* sum, const float* square, const
 #pragma omp simd reduction(+ : spread)
         for (int64_t c = from; c < from + width; ++c) {
             const double offset = center[c] + sum[c] * share - mean;
-            spread += square[c] - static_cast<double>(sum[c]) * sum[c] * share + rows * offset * offset;
+            spread += square[c] - sum[c] * share * sum[c] + rows * offset * offset;
         }
         const double inverse = 1.0 / std::sqrt(std::max(spread, 0.0) / (rows * width) + EPSILON);
         for (int64_t c = from; c < from + width; ++c) {
