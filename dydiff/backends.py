@@ -6,14 +6,15 @@
     bf16        CPU: fused Winograd blocks in bfloat16 (kernels/unet_cpu.py)
     triton-a    GPU: float16, one kernel a convolution with its normalisation, where a tile holds whole samples; else triton-b
     triton-b    GPU: float16, the convolution as one matrix product and a second pass for the normalisation
-    auto        the fastest measured one that keeps rollouts within 2e-2 of float32: on the CPU bf16, where the processor
-                multiplies bfloat16 and no norm goes over a few elements only; on a GPU extension, because the Triton kernels
-                have not been measured on a card yet
+    auto        the fastest that keeps rollouts within 2e-2 of float32: on the CPU bf16, where the processor multiplies bfloat16
+                and no norm goes over a few elements only; on a GPU triton-a, if a trial there, with the network's own weights,
+                finds it right and faster than float32 (trial.py); else extension
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import Tensor
@@ -26,11 +27,13 @@ from dydiff.kernels import edm
 from dydiff.kernels.unet_cpu import TAPS, CpuBlocks
 from dydiff.networks.fused_unet import Blocks
 from dydiff.networks.unet import UNet
+from dydiff.trial import find_fault
 
 BACKENDS = ("auto", "reference", "extension", "compiled", "bf16", "triton-a", "triton-b")
 IN_16_BIT = ("bf16", "triton-a", "triton-b")
 # A norm over few elements blows up rounding: with groups of 2 the network was wrong by 50 %, with 32 and more by 2 to 4 %.
 SMALLEST_GROUP = 32
+TRIAL_BATCH = 64  # starts
 
 
 class CompiledDenoiser:
@@ -97,9 +100,34 @@ def is_available(backend: str, device: torch.device | str = "cpu") -> bool:
 
 
 def choose_backend(denoiser: Denoiser, device: torch.device) -> str:
-    """What `auto` stands for with this network on this device."""
+    """What `auto` stands for with this network on this device; warns where a GPU's trial speaks against the fused kernels."""
     network = denoiser.network
     fits = isinstance(network, UNet) and network.kernel_size == TAPS and network.smallest_group >= SMALLEST_GROUP
     if device.type == "cpu" and fits and has_fast_bf16(device) and not edm.why_unavailable(device):
         return "bf16"
+    if device.type == "cuda" and isinstance(network, UNet):
+        fault = _try_fused(denoiser, device)
+        if not fault:
+            return "triton-a"
+        message = f"Rollouts are computed in float32, because triton-a cannot be used here: {fault}."
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
     return edm.available_backend(device, torch.float32)
+
+
+def _try_fused(denoiser: Denoiser, device: torch.device) -> str:
+    """What speaks against the fused GPU kernels with this network on this card; empty if nothing does.
+
+    Raises:
+        DydiffError: they left the card unusable for this process.
+    """
+    shape = TRIAL_BATCH, denoiser.network.horizon, denoiser.network.data_dim
+    try:
+        return find_fault(prepare_denoiser(denoiser, "triton-a").evaluate, denoiser.evaluate, shape, device)
+    except Exception as error:  # whatever a kernel's compiler or launch raises; float32 needs neither
+        fault = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        remedy = "Start again with --set sampler_kwargs.backend=extension."
+        raise DydiffError(f"A trial of the fused GPU kernels failed and left {device} unusable ({fault}). {remedy}") from error
+    return fault

@@ -20,9 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
-DEVICE_TESTS = [
-    f"tests/test_{name}.py" for name in ("edm_step", "philox", "unet_kernels", "rollout_capture", "updates", "training_precision")
-]
+DEVICE_TESTED = ("edm_step", "philox", "unet_kernels", "trial", "rollout_capture", "updates", "training_precision")
+DEVICE_TESTS = [f"tests/test_{name}.py" for name in DEVICE_TESTED]
 KEPT_OUTPUT = 4000  # characters of a part's output that the report keeps
 
 

@@ -43,3 +43,18 @@ def test_an_unknown_kind_fails(tmp_path, capsys):
 
 def test_an_empty_folder_is_an_error(tmp_path):
     assert conformance.main([str(tmp_path)]) == 1
+
+
+def test_a_backend_that_cannot_take_a_network_fails_that_case_alone(tmp_path, capsys):
+    """Three taps instead of five: every backend but bf16 (where there is one) computes it, to whatever numbers."""
+    name = "edm_sample-reference.npz"
+    arrays = dict(np.load(SMALL / name))
+    arrays["meta"] = str(arrays["meta"]).replace('"kernel_size": 5', '"kernel_size": 3')
+    for key in [key for key in arrays if key.startswith("w/") and arrays[key].shape[2:] == (5,)]:
+        arrays[key] = arrays[key][:, :, 1:4]
+    np.savez(tmp_path / name, **arrays)
+    assert conformance.main([str(tmp_path), "--backend", "all"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    refusals = [line for line in lines if "taps" in line]
+    assert len(lines) == len([way for way in conformance.BACKENDS[1:] if conformance.is_available(way)]) + 1
+    assert len(refusals) == conformance.is_available("bf16") and all("FAIL" in line for line in refusals)

@@ -93,6 +93,7 @@ MAY_IMPORT = {
     "dydiff.filters": FOUNDATION,
     "dydiff.replay": [*FOUNDATION, "dydiff.data"],
     "dydiff.capture": FOUNDATION,
+    "dydiff.trial": ["dydiff.capture"],
 }
 # From the bottom up: a module here may import any part above it in this list, and everything in MAY_IMPORT.
 STOREYS = [

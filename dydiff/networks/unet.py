@@ -72,6 +72,8 @@ class UNet(nn.Module):
             )
         if dim % GROUPS:
             raise DydiffError(f"UNet_RL's dim must be divisible by {GROUPS} (the GroupNorm groups); {dim} is not.")
+        self.data_dim = data_dim
+        self.horizon = horizon
         self.kernel_size = kernel_size
         self.embed = NoiseEmbedding(dim)
         widths = [dim * mult for mult in dim_mults]
