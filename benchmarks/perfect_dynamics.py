@@ -5,7 +5,9 @@
 Same settings, seeds, start states, reward model, filter and terminal function as each run; only its rollouts are now what the
 policy does in the simulator from the same starts. What such a training earns is the ceiling of any dynamics model under these
 settings: where it is no better than the base algorithm, the rollouts' errors are not what is missing. `--true-reward` also replaces
-the reward model, in the filter and in the transitions.
+the reward model, in the filter and in the transitions. To see what else costs returns, vary one thing at a time: `--set` changes
+any setting (`rl_trainer_params.keep_condition.threshold=1` keeps every rollout), and `--clone-real` lets TD3+BC clone the data's
+actions alone, not the policy's own earlier ones. A run may have been stopped before its first evaluation.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +25,12 @@ import torch
 from machine import describe_machine
 from torch import Tensor
 
+from dydiff.agents.td3_bc import TD3BC, TD3BCNoise
 from dydiff.checkpoint import write_atomically
 from dydiff.config import Constants, from_mapping
+from dydiff.data import Transitions
 from dydiff.errors import DydiffError
-from dydiff.experiment import Variant
+from dydiff.experiment import Variant, override
 from dydiff.policy_stage import build_policies, find_models
 from dydiff.problem import Problem, load_problem
 from dydiff.progress import Progress
@@ -65,15 +70,30 @@ class Simulator:
         return torch.tensor([self._rewards[row.tobytes()] for row in rows]).view(observation.shape[:-1])
 
 
-def train(run: Path, true_reward: bool, say: Callable[[str], None]) -> tuple[list[int], list[float]]:
-    """Repeat a DyDiff run with the simulator's rollouts; epochs and returns of its evaluations.
+def clone_real_actions(agent: TD3BC, num_real: int) -> None:
+    """Let the cloning term of an agent heed the first `num_real` transitions of a batch, the real ones, and no other."""
+    whole = agent.policy_loss
+
+    def policy_loss(batch: Transitions, noise: TD3BCNoise) -> tuple[Tensor, Tensor]:
+        loss, cloning = whole(batch, noise)
+        _, real = whole(Transitions(*(field[:num_real] for field in batch)), TD3BCNoise(*(field[:num_real] for field in noise)))
+        return loss - cloning + real, real
+
+    agent.policy_loss = policy_loss
+
+
+def train(
+    run: Path, true_reward: bool, clone_real: bool, changes: Sequence[str], say: Callable[[str], None]
+) -> tuple[list[int], list[float]]:
+    """Repeat a DyDiff run with the simulator's rollouts and changed settings; epochs and returns of its evaluations.
 
     Raises:
-        DydiffError: no run with rollouts is there, or its data or models are gone.
+        DydiffError: no run with rollouts is there, its data or models are gone, or `clone_real` is asked of another algorithm.
     """
     settings = read_settings(run)
     if settings is None or "diff_model_params" not in settings.get("constants", {}):
         raise DydiffError(f"'{run}' is no run of a policy with DyDiff. Name run folders of one.")
+    override(settings["constants"], changes)
     constants = from_mapping(Constants, settings["constants"], f"{run / 'settings.yaml'}: constants")
     problem = load_problem(constants.dataset_name, constants.env_specs.env_name, constants.env_specs.backend)
     variant = Variant(settings["stage"], constants, {}, 0)
@@ -85,6 +105,11 @@ def train(run: Path, true_reward: bool, say: Callable[[str], None]) -> tuple[lis
     trainer.rollouts.engine = simulator
     if true_reward:
         trainer.rollouts.reward_model = simulator.reward
+    if clone_real:
+        if not isinstance(trainer.agent, TD3BC):
+            raise DydiffError(f"--clone-real is about TD3+BC's cloning term; '{run}' has none.")
+        params = constants.rl_trainer_params
+        clone_real_actions(trainer.agent, int(params.batch_size * params.real_ratio))
     epochs, returns = [], []
     while not trainer.finished:
         record = trainer.run_epoch()
@@ -111,16 +136,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=description, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders of policies trained with DyDiff")
     parser.add_argument("--true-reward", action="store_true", help="take rewards from the simulator too")
+    parser.add_argument("--clone-real", action="store_true", help="TD3+BC: clone the data's actions alone")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting of the runs; repeatable")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
     options = parser.parse_args(arguments)
     try:
-        trained = [train(run, options.true_reward, lambda text: print(text, flush=True)) for run in options.runs]
+        say = partial(print, flush=True)
+        trained = [train(run, options.true_reward, options.clone_real, options.set, say) for run in options.runs]
     except DydiffError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     recorded = [[line["evaluation/return"] for line in read_log(run) if "evaluation/return" in line] for run in options.runs]
-    name = "simulator, with its rewards" if options.true_reward else "simulator"
-    lines = [describe("as recorded", recorded), describe(name, [returns for _, returns in trained])]
+    name = ", ".join(
+        ["simulator", *["with its rewards"] * options.true_reward, *["data's actions cloned"] * options.clone_real, *options.set]
+    )
+    lines = [describe("as recorded", recorded)] if all(recorded) else []
+    lines.append(describe(name, [returns for _, returns in trained]))
     rows = [[line["rollouts"], *(show(line[which]) for which in ("last", "best"))] for line in lines]
     print(format_table([["rollouts", "last return", "best return"], *rows]))
     if options.json:

@@ -116,6 +116,16 @@ def load_experiment(path: str | Path, overrides: list[str] = (), dataset: str | 
     return Experiment(meta, _expand(constants, variables, fixed, stage, path))
 
 
+def override(constants: dict[str, Any], texts: Iterable[str]) -> None:
+    """Set `key=value` texts with dotted keys in `constants`, in place.
+
+    Raises:
+        DydiffError: a text of another form, or a key below a value.
+    """
+    for text in texts:
+        _assign(constants, *_parse_override(text))
+
+
 def _expand(constants: dict, variables: dict[str, Any], fixed: list[tuple[str, Any]], stage: str, path: Path) -> list[Variant]:
     """Every combination of `variables` on top of `constants`, and the `fixed` overrides on top of both."""
     for key, values in variables.items():

@@ -15,8 +15,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import action_evidence  # noqa: E402 - the folder is not a package, and must be found first
 import perfect_dynamics  # noqa: E402
 
+from dydiff.agents.td3_bc import TD3BC  # noqa: E402
 from dydiff.cli import main  # noqa: E402
 from dydiff.collect import collect  # noqa: E402
+from dydiff.data import Transitions  # noqa: E402
 from dydiff.policy_runs import load_subject  # noqa: E402
 
 KINDS = ["recorded", "perturbed 0.1", "perturbed 0.3", "other"]
@@ -78,13 +80,31 @@ def test_commands(hopper, tmp_path, capsys):
 
     (policy,) = (run for run in runs.iterdir() if (run / "agent.safetensors").exists())
     file = tmp_path / "perfect.json"
-    for more in ([], ["--true-reward"]):
+    for more in ([], ["--true-reward"], ["--clone-real", "--set=rl_trainer_params.keep_condition.threshold=1"]):
         assert perfect_dynamics.main([str(policy), f"--json={file}", *more]) == 0
         recorded, simulated = json.loads(file.read_text())["lines"]
         assert len(recorded["curves"][0]) == len(simulated["curves"][0]) >= 1
         assert simulated["last"]["mean"] == simulated["curves"][0][-1]
+    assert simulated["rollouts"] == "simulator, data's actions cloned, rl_trainer_params.keep_condition.threshold=1"
+    assert perfect_dynamics.main([str(policy), "--set=rl_trainer_params.num_epoch=1"]) == 1
+    assert "did you mean 'num_epochs'" in capsys.readouterr().err
     assert perfect_dynamics.main([str(runs / "nothing")]) == 1
     assert "is no run of a policy with DyDiff" in capsys.readouterr().err
+
+
+def test_cloning_of_real_actions_alone():
+    agent = TD3BC(4, 2, (8,), generator=torch.Generator().manual_seed(0))
+    draws = torch.Generator().manual_seed(1)
+    noise = agent.draw_noise(6, draws)
+    batch = Transitions(*(torch.randn(6, *width, generator=draws) for width in ((4,), (2,), (), (4,), ())))
+    moved = batch._replace(action=torch.cat([batch.action[:4], torch.zeros(2, 2)]))  # in the synthetic rows
+    assert agent.policy_loss(batch, noise)[0] != agent.policy_loss(moved, noise)[0]
+    (value, cloning), (_, real) = agent.policy_loss(batch, noise), agent.policy_loss(
+        Transitions(*(field[:4] for field in batch)), noise._replace(policy_action=noise.policy_action[:4])
+    )
+    perfect_dynamics.clone_real_actions(agent, num_real=4)
+    assert torch.equal(agent.policy_loss(batch, noise)[0], agent.policy_loss(moved, noise)[0])
+    torch.testing.assert_close(agent.policy_loss(batch, noise)[0], value - cloning + real)
 
 
 def test_simulator_in_the_place_of_the_engine(hopper):

@@ -107,7 +107,8 @@ def test_nan_in_a_rollout_is_told_with_tensor_and_place(run_stage, dataset, mode
 
     rewrite(models[DYNAMICS], DYNAMICS, enlarge)
     outcome = run_stage("td3_bc", dataset, CPU, *use(models))
-    check_refusal(outcome, "The rollout of epoch 1", "in its observation, first in rollout ", ", step 1.", "The state after epoch 0")
+    place = "in its observation, first in rollout ", ", step 1."
+    check_refusal(outcome, "The rollout of epoch 1", *place, "The state after epoch 0")
     check_saved(only_run(tmp_path / "runs"), epoch=0)
 
 
