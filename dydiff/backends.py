@@ -7,8 +7,8 @@
     triton-a    GPU: float16, one kernel a convolution with its normalisation, where a tile holds whole samples; else triton-b
     triton-b    GPU: float16, the convolution as one matrix product and a second pass for the normalisation
     auto        the fastest that keeps rollouts within 2e-2 of float32: on the CPU bf16, where the processor multiplies bfloat16
-                and no norm goes over a few elements only; on a GPU triton-a, if a trial there, with the network's own weights,
-                finds it right and faster than float32 (trial.py); else extension
+                and no norm goes over a few elements only; on a GPU the faster of triton-a and triton-b, if a trial there, with
+                the network's own weights, finds it right and faster than float32 (trial.py); else extension
 """
 
 from __future__ import annotations
@@ -25,15 +25,18 @@ from dydiff.diffusion.edm import Denoiser, FusedDenoiser
 from dydiff.errors import DydiffError
 from dydiff.kernels import edm
 from dydiff.kernels.unet_cpu import TAPS, CpuBlocks
+from dydiff.memory import is_out_of_memory
 from dydiff.networks.fused_unet import Blocks
 from dydiff.networks.unet import UNet
-from dydiff.trial import find_fault
+from dydiff.progress import say
+from dydiff.trial import find_fault, time_evaluations
 
 BACKENDS = ("auto", "reference", "extension", "compiled", "bf16", "triton-a", "triton-b")
-IN_16_BIT = ("bf16", "triton-a", "triton-b")
+TRITON = ("triton-a", "triton-b")
+IN_16_BIT = ("bf16", *TRITON)
 # A norm over few elements blows up rounding: with groups of 2 the network was wrong by 50 %, with 32 and more by 2 to 4 %.
 SMALLEST_GROUP = 32
-TRIAL_BATCH = 64  # starts
+LARGEST_TRIAL = 2048  # starts
 
 
 class CompiledDenoiser:
@@ -51,8 +54,10 @@ class CompiledDenoiser:
 SamplingDenoiser = Denoiser | FusedDenoiser | CompiledDenoiser
 
 
-def prepare_denoiser(denoiser: Denoiser, backend: str) -> SamplingDenoiser:
+def prepare_denoiser(denoiser: Denoiser, backend: str, batch: int = LARGEST_TRIAL) -> SamplingDenoiser:
     """Turn a denoiser into what the sampler evaluates; fused backends copy the weights as they are now.
+
+    `batch` is the number of starts that `auto` chooses a backend for on a GPU.
 
     Raises:
         DydiffError: unknown backend, one that this network or device cannot use, or one that is not built.
@@ -61,7 +66,7 @@ def prepare_denoiser(denoiser: Denoiser, backend: str) -> SamplingDenoiser:
         raise DydiffError(f"Rollout backend '{backend}' is unknown; choose one of {', '.join(BACKENDS)}.")
     device = next(denoiser.parameters()).device
     if backend == "auto":
-        backend = choose_backend(denoiser, device)
+        backend = choose_backend(denoiser, device, batch)
     if backend == "extension" and edm.why_unavailable(device):
         raise DydiffError(edm.why_unavailable(device))
     if backend == "compiled":
@@ -99,35 +104,61 @@ def is_available(backend: str, device: torch.device | str = "cpu") -> bool:
     return backend == "reference" or (device.type == "cuda" and torch.cuda.is_available())
 
 
-def choose_backend(denoiser: Denoiser, device: torch.device) -> str:
-    """What `auto` stands for with this network on this device; warns where a GPU's trial speaks against the fused kernels."""
+def choose_backend(denoiser: Denoiser, device: torch.device, batch: int = LARGEST_TRIAL) -> str:
+    """What `auto` stands for with this network on this device; on a GPU a trial with `batch` starts decides and says so.
+
+    Raises:
+        DydiffError: the trial left the GPU unusable for this process.
+    """
     network = denoiser.network
     fits = isinstance(network, UNet) and network.kernel_size == TAPS and network.smallest_group >= SMALLEST_GROUP
     if device.type == "cpu" and fits and has_fast_bf16(device) and not edm.why_unavailable(device):
         return "bf16"
+    plain = edm.available_backend(device, torch.float32)
     if device.type == "cuda" and isinstance(network, UNet):
-        fault = _try_fused(denoiser, device)
-        if not fault:
-            return "triton-a"
-        message = f"Rollouts are computed in float32, because triton-a cannot be used here: {fault}."
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
-    return edm.available_backend(device, torch.float32)
+        say(f"Trying the fused kernels on {device}: their first compilation takes a minute or two.")
+        return _race_backends(denoiser, device, min(batch, LARGEST_TRIAL), plain)
+    return plain
 
 
-def _try_fused(denoiser: Denoiser, device: torch.device) -> str:
-    """What speaks against the fused GPU kernels with this network on this card; empty if nothing does.
-
-    Raises:
-        DydiffError: they left the card unusable for this process.
-    """
-    shape = TRIAL_BATCH, denoiser.network.horizon, denoiser.network.data_dim
+def _race_backends(denoiser: Denoiser, device: torch.device, batch: int, plain: str) -> str:
+    """The fastest backend that is right on this GPU, `plain` among them; warns where that is `plain`."""
+    shape = batch, denoiser.network.horizon, denoiser.network.data_dim
     try:
-        return find_fault(prepare_denoiser(denoiser, "triton-a").evaluate, denoiser.evaluate, shape, device)
-    except Exception as error:  # whatever a kernel's compiler or launch raises; float32 needs neither
-        fault = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        seconds = {plain: time_evaluations(denoiser.evaluate, shape, device)}
+    except Exception as error:
+        if not is_out_of_memory(error) or batch == 1:
+            raise
+        seconds = {}
+    if not seconds:  # behind the except clause, whose error keeps tensors alive
+        torch.cuda.empty_cache()
+        return _race_backends(denoiser, device, batch // 2, plain)
+    faults = []
+    for backend in TRITON:
+        fault = ""
+        try:
+            evaluate = prepare_denoiser(denoiser, backend).evaluate
+            if not (fault := find_fault(evaluate, denoiser.evaluate, shape, device)):
+                seconds[backend] = time_evaluations(evaluate, shape, device)
+        except Exception as error:  # whatever a kernel's compiler or launch raises; float32 needs neither
+            fault = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            _insist_on_usable(device, fault)
+        if fault:
+            faults.append(f"{backend} cannot be used here: {fault}")
+    fastest = min(seconds, key=seconds.get)
+    times = ", ".join(f"{name} {1e3 * each:.2f} ms" for name, each in seconds.items())
+    if fastest == plain:
+        message = f"Rollouts are computed in float32. An evaluation of {batch} starts took {times}."
+        warnings.warn(" ".join([message, *(f"{fault}." for fault in faults)]), RuntimeWarning, stacklevel=4)
+    else:
+        say(f"Rollouts take {fastest}: an evaluation of {batch} starts took {times}.")
+    return fastest
+
+
+def _insist_on_usable(device: torch.device, fault: str) -> None:
+    """Raise DydiffError where a failure left a GPU unusable for this process."""
     try:
         torch.cuda.synchronize(device)
     except RuntimeError as error:
         remedy = "Start again with --set sampler_kwargs.backend=extension."
         raise DydiffError(f"A trial of the fused GPU kernels failed and left {device} unusable ({fault}). {remedy}") from error
-    return fault

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from types import FunctionType
 from typing import Any
 
@@ -64,22 +67,64 @@ def trace_gradients() -> bool:
     return can
 
 
+@cache
+def _side_stream(index: int) -> torch.cuda.Stream:
+    """The stream of a GPU's warm-ups and captures: one, because every stream costs cuBLAS a workspace of its own."""
+    return torch.cuda.Stream(index)
+
+
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """Python's collector at rest: an older graph that it finds in a cycle and destroys would break the capture within."""
+    before = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
+def make_pool() -> tuple[int, int] | None:
+    """A new memory pool for CUDA graphs; None where there is no GPU."""
+    return torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+
+
 class CapturedGraph:
-    """A function without arguments as a CUDA graph; its draws from `generators` go on from replay to replay.
+    """A function without arguments as a CUDA graph of a device; its draws from `generators` go on from replay to replay.
 
     The function must have run once before, outside of the capture (`warm_up`). What it returned then, and what tensors it reads
-    and writes, keeps its place in memory: every replay overwrites `output`.
+    and writes, keeps its place in memory: every replay overwrites `output`. Graphs of one `pool` share the memory of what they
+    compute in between: none of them may run while another's output is still needed.
     """
 
-    def __init__(self, function: Callable[[], Any], *generators: torch.Generator):
-        self._graph = torch.cuda.CUDAGraph()
-        for generator in generators:
-            self._graph.register_generator_state(generator)
-        with torch.cuda.graph(self._graph):
-            self.output = function()
+    def __init__(
+        self,
+        function: Callable[[], Any],
+        device: torch.device,
+        *generators: torch.Generator,
+        pool: tuple[int, int] | None = None,
+    ):
+        self._device = device
+        with torch.cuda.device(device), _without_collector():  # a capture on another device than the current one records nothing
+            self._graph = torch.cuda.CUDAGraph()
+            for generator in generators:
+                self._graph.register_generator_state(generator)
+            stream, pool = torch.cuda.current_stream(), pool or make_pool()
+            try:
+                with torch.cuda.graph(self._graph, pool=pool, stream=_side_stream(torch.cuda.current_device())):
+                    self.output = function()
+            except BaseException:
+                # Up to 2.11 PyTorch leaves a failed capture's stream current and its pool open: no other would succeed after it.
+                torch.cuda.set_stream(stream)
+                with contextlib.suppress(RuntimeError):  # closed already
+                    torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+                raise
 
     def replay(self) -> Any:
-        self._graph.replay()
+        with torch.cuda.device(self._device):
+            self._graph.replay()
         return self.output
 
 
@@ -88,22 +133,27 @@ class GraphedFunction:
 
     A combination's first call runs plainly (libraries allocate, kernels compile), its second one is captured, later ones are
     replayed. All give the same numbers: draws from `generator` go on from call to call. Whatever else the function reads (weights
-    of a policy) is read where it was at the capture, so it must be changed in place.
+    of a policy) is read where it was at the capture, so it must be changed in place. Several of them may share a memory `pool`
+    (`make_pool`), if they do not run at the same time.
 
     Raises:
         DydiffError: on capture, where the function waits for the device or draws from another generator.
     """
 
-    def __init__(self, function: Callable[..., tuple[Tensor, ...]], generator: torch.Generator):
+    def __init__(
+        self, function: Callable[..., tuple[Tensor, ...]], generator: torch.Generator, pool: tuple[int, int] | None = None
+    ):
         self._function = function
         self._generator = generator
+        self._pool = pool
         self._graphs: dict[tuple[torch.Size, ...], tuple[CapturedGraph, list[Tensor]] | None] = {}
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         key = tuple(tensor.shape for tensor in inputs)
         if key not in self._graphs:
+            outputs = warm_up(lambda: self._function(*inputs), self._generator.device)
             self._graphs[key] = None
-            return warm_up(lambda: self._function(*inputs))
+            return outputs
         if self._graphs[key] is None:
             self._graphs[key] = self._capture(inputs)
         graph, places = self._graphs[key]
@@ -114,7 +164,8 @@ class GraphedFunction:
     def _capture(self, inputs: tuple[Tensor, ...]) -> tuple[CapturedGraph, list[Tensor]]:
         places = [tensor.clone() for tensor in inputs]
         try:
-            return CapturedGraph(lambda: self._function(*places), self._generator), places
+            function, device = partial(self._function, *places), self._generator.device
+            return CapturedGraph(function, device, self._generator, pool=self._pool), places
         except RuntimeError as error:
             raise DydiffError(
                 f"A CUDA graph cannot be captured here ({str(error).splitlines()[0]}). A policy that is rolled out must not read "
@@ -128,11 +179,13 @@ def capture_if_gpu(function: Callable[..., tuple[Tensor, ...]], generator: torch
     return GraphedFunction(function, generator) if generator.device.type == "cuda" else function
 
 
-def warm_up(function: Callable[[], Any]) -> Any:
-    """Call a function on a stream of its own, as it must have been before its capture: libraries allocate their workspaces."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        output = function()
-    torch.cuda.current_stream().wait_stream(stream)
-    return output
+def warm_up(function: Callable[[], Any], device: torch.device) -> Any:
+    """Call a function on a side stream of a GPU, as it must have been before its capture: libraries allocate their workspaces."""
+    with torch.cuda.device(device):
+        stream, current = _side_stream(torch.cuda.current_device()), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(stream):
+                return function()
+        finally:
+            current.wait_stream(stream)

@@ -12,6 +12,8 @@ from dydiff.errors import DydiffError
 from dydiff.progress import say
 
 Result = TypeVar("Result")
+# What PyTorch says of a CPU's memory, CUDA of a graph or a kernel, and a library of its handles.
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED")
 
 
 def compute_in_chunks(
@@ -63,11 +65,11 @@ def compute_in_chunks(
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, says that memory ran out; on a CPU PyTorch says so in words only."""
+    """Whether an error, or one that it came from, says that memory ran out: outside of PyTorch's own allocator in words only."""
     while error is not None:
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
             return True
-        if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -12,12 +12,12 @@ def named_range(name: str) -> AbstractContextManager[object]:
     """A context whose time profilers show under `name`; a shared do-nothing context when ranges are off."""
     if not ENABLED:
         return _NOTHING
-    import nvtx
-    from torch.profiler import record_function
+    import torch
 
     stack = ExitStack()
-    stack.enter_context(nvtx.annotate(name))
-    stack.enter_context(record_function(name))
+    stack.enter_context(torch.profiler.record_function(name))
+    if torch.cuda.is_available():
+        stack.enter_context(torch.cuda.nvtx.range(name))
     return stack
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dydiff.backends import SamplingDenoiser, prepare_denoiser
-from dydiff.capture import GraphedFunction
+from dydiff.capture import GraphedFunction, make_pool
 from dydiff.data import Spaces, Transitions
 from dydiff.diffusion.edm import Denoiser
 from dydiff.diffusion.fast_sampler import FastMode
@@ -26,7 +26,7 @@ from dydiff.memory import compute_in_chunks
 from dydiff.ranges import named_range
 from dydiff.reward import RewardModel
 
-KEPT_GRAPHS = 8  # combinations of policy and settings whose CUDA graphs are kept, such as seeds that train together
+KEPT_GRAPHS = 64  # combinations of policy and settings whose CUDA graphs are kept, such as seeds that train together
 Policy = Callable[[Tensor], Tensor]  # observation [B, O] -> action [B, A], both in policy space
 
 
@@ -69,7 +69,7 @@ class RolloutEngine:
             raise DydiffError("A rollout needs at least one diffusion model.")
         if chunk_size < 1:
             raise DydiffError(f"each_rollout_size must be at least 1, not {chunk_size}.")
-        self.denoisers = [prepare_denoiser(denoiser, backend) for denoiser in denoisers]
+        self.denoisers = [prepare_denoiser(denoiser, backend, chunk_size) for denoiser in denoisers]
         self.dynamics = dynamics
         self.spaces = spaces
         self.horizon = horizon
@@ -80,6 +80,7 @@ class RolloutEngine:
         self.fast = fast
         self.capture = capture
         self._captured: dict[tuple[object, ...], GraphedFunction] = {}  # by what the graphs belong to, oldest first
+        self._pool: tuple[int, int] | None = None  # the graphs' memory: one rollout runs at a time, and its result is copied
 
     @torch.no_grad()
     def roll_out(
@@ -101,7 +102,7 @@ class RolloutEngine:
 
     def _halve(self, size: int) -> None:
         """Keep to smaller chunks from now on; graphs of the larger ones go, for they hold memory."""
-        self.chunk_size, self._captured = size, {}
+        self.chunk_size, self._captured, self._pool = size, {}, None
 
     def _chunk_function(
         self, policy: Policy, generator: torch.Generator, draw: Draw | None, iterations: int
@@ -112,9 +113,10 @@ class RolloutEngine:
             return function
         owner = (policy, generator, iterations, self.fast, *self.sampler.items())
         if owner not in self._captured:
-            if len(self._captured) == KEPT_GRAPHS:  # they hold memory
+            if len(self._captured) == KEPT_GRAPHS:  # each holds its outputs and its launches
                 del self._captured[next(iter(self._captured))]
-            self._captured[owner] = GraphedFunction(function, generator)
+            self._pool = self._pool or make_pool()
+            self._captured[owner] = GraphedFunction(function, generator, self._pool)
         return self._captured[owner]
 
     def _noise(self, generator: torch.Generator, device: torch.device) -> Draw:

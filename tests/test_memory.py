@@ -87,7 +87,11 @@ def test_what_counts_as_out_of_memory():
     except DydiffError as error:
         assert is_out_of_memory(error)
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory")) and is_out_of_memory(MemoryError())
-    assert not is_out_of_memory(RuntimeError("an illegal memory access")) and not is_out_of_memory(None)
+    for words in ("CUDA error: out of memory", "Triton Error [CUDA]: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling"):
+        assert is_out_of_memory(RuntimeError(words))
+    for words in ("an illegal memory access", "out of resource: shared memory"):
+        assert not is_out_of_memory(RuntimeError(words))
+    assert not is_out_of_memory(None)
 
 
 def test_no_rows_are_one_empty_chunk():
@@ -97,10 +101,11 @@ def test_no_rows_are_one_empty_chunk():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_with_little_memory(capsys):
     """PyTorch's own limit on its allocator; the second rollout captures graphs and the third replays them."""
-    count = 1 << 16
+    count = 1 << 18
     torch.cuda.empty_cache()
     total = torch.cuda.mem_get_info()[1]
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (64 << 20)) / total)
+    # cuBLAS takes up to 32 MiB for each of two streams.
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (256 << 20)) / total)
     try:
         denoiser, dynamics = learnt().cuda().requires_grad_(False), ensemble().cuda()
         engine = RolloutEngine([denoiser], dynamics, make_spaces().to("cuda"), 6, chunk_size=count)
@@ -110,4 +115,4 @@ def test_on_a_gpu_with_little_memory(capsys):
             assert len(trajectory.action) == count and all(bool(field.isfinite().all()) for field in trajectory)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert "Out of memory with 65536 rollouts" in capsys.readouterr().err and engine.chunk_size < count
+    assert f"Out of memory with {count} rollouts" in capsys.readouterr().err and engine.chunk_size < count

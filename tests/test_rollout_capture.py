@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -104,6 +107,12 @@ def test_captured_rollouts_are_the_plain_ones(name, settings):
 
 @ON_A_GPU
 def test_a_policy_that_cannot_be_captured_is_an_error_that_says_so():
+    """In a process of its own: up to 2.11 PyTorch's default generator is lost to a process after a failed capture."""
+    if "FAILED_CAPTURE" not in os.environ:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "cannot_be_captured"]
+        done = subprocess.run(command, env=os.environ | {"FAILED_CAPTURE": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+        return
     engine, source = prepare("cuda"), torch.Generator("cuda").manual_seed(0)
     feedback = torch.tensor([[0.2], [-0.4]], device="cuda")
 
@@ -113,6 +122,12 @@ def test_a_policy_that_cannot_be_captured_is_an_error_that_says_so():
     engine.roll_out(waiting, starts(8).cuda(), source)
     with pytest.raises(DydiffError, match="must not read its tensors on the host"):
         engine.roll_out(waiting, starts(8).cuda(), source)
+    for _ in range(3):  # and the next policy is captured all the same
+        assert engine.roll_out(policy_on_gpu, starts(8).cuda(), source).action.isfinite().all()
+
+
+def policy_on_gpu(observation: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(observation[:, :ACTION_DIM])
 
 
 @ON_A_GPU

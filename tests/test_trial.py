@@ -3,42 +3,37 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from small_denoiser import DATA_DIM, HORIZON, make_denoiser
 
-from dydiff.backends import choose_backend, prepare_denoiser
+from dydiff import backends
+from dydiff.backends import TRITON, choose_backend, prepare_denoiser
 from dydiff.diffusion.edm import Denoiser
+from dydiff.errors import DydiffError
 from dydiff.networks.unet import UNet
-from dydiff.trial import LEVELS, LIMIT, find_fault
+from dydiff.trial import LEVELS, LIMIT, REPEATS, find_fault, time_evaluations
 
+CPU = torch.device("cpu")
 SHAPE = 3, HORIZON, DATA_DIM
 
 
-def try_out(change, pause: float = 0.0, trusted_pause: float = 0.0) -> str:
-    """The trial of a network whose output `change(output, sigma)` alters, each call taking so much longer."""
+def try_out(change) -> str:
+    """The trial of a network whose output `change(output, sigma)` alters."""
     evaluate = make_denoiser().requires_grad_(False).evaluate
-
-    def candidate(x, sigma):
-        time.sleep(pause)
-        return change(evaluate(x, sigma), sigma)
-
-    def trusted(x, sigma):
-        time.sleep(trusted_pause)
-        return evaluate(x, sigma)
-
-    return find_fault(candidate, trusted, SHAPE, torch.device("cpu"))
+    return find_fault(lambda x, sigma: change(evaluate(x, sigma), sigma), evaluate, SHAPE, CPU)
 
 
-def test_right_and_faster_passes():
-    assert try_out(lambda y, sigma: y * (1 + LIMIT / 2), trusted_pause=0.005) == ""
+def test_right_passes():
+    assert try_out(lambda y, sigma: y * (1 + LIMIT / 2)) == ""
 
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("factor", [1 + 2 * LIMIT, float("nan"), 0.0])
 def test_an_error_at_any_noise_level_is_named(level, factor):
-    fault = try_out(lambda y, sigma: y * factor if sigma == level else y, trusted_pause=0.005)
+    fault = try_out(lambda y, sigma: y * factor if sigma == level else y)
     assert f"noise level {level} " in fault and "allowed" in fault
 
 
@@ -48,11 +43,21 @@ def test_one_infinite_element_is_found():
         y[-1, -1, -1] = torch.inf
         return y
 
-    assert "error is inf" in try_out(poison, trusted_pause=0.005)
+    assert "error is inf" in try_out(poison)
 
 
-def test_slower_than_float32_is_refused():
-    assert "ms in float32" in try_out(lambda y, sigma: y, pause=0.005)
+def test_one_different_bit_in_one_of_many_calls_is_found():
+    calls = []
+
+    def stumble(y, sigma):
+        calls.append(sigma)
+        return y if len(calls) != REPEATS else torch.nextafter(y, torch.full_like(y, torch.inf))
+
+    assert try_out(stumble) == "its results change from call to call"
+
+
+def test_evaluations_are_timed():
+    assert 0.004 < time_evaluations(lambda x, sigma: time.sleep(0.005) or x, SHAPE, CPU) < 0.1
 
 
 def test_what_a_kernel_raises_is_passed_on():
@@ -63,8 +68,90 @@ def test_what_a_kernel_raises_is_passed_on():
         try_out(break_down)
 
 
+class Candidates:
+    """Stand-ins for the fused backends: what they do to the network's output, and the seconds that the stopwatch shows."""
+
+    def __init__(self, monkeypatch, changes: dict, seconds: dict[str, float]):
+        self.denoiser = Denoiser(UNet(DATA_DIM, HORIZON, 8, (1, 2)), 2).requires_grad_(False)
+        self.batches: list[int] = []
+        self.changes, self.seconds = changes, seconds
+        monkeypatch.setattr(backends, "prepare_denoiser", self.prepare)
+        monkeypatch.setattr(backends, "time_evaluations", self.time)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+    def prepare(self, denoiser, name):
+        evaluate = SimpleNamespace(evaluate=lambda x, sigma: self.changes[name](denoiser.evaluate(x, sigma)))
+        self.seconds[evaluate.evaluate] = self.seconds[name]
+        return evaluate
+
+    def time(self, evaluate, shape, device):
+        self.batches.append(shape[0])
+        seconds = self.seconds.get(evaluate, self.seconds["reference"])
+        return seconds(shape[0]) if callable(seconds) else seconds
+
+    def choose(self) -> str:
+        return backends._race_backends(self.denoiser, CPU, 4, "reference")
+
+
+def same(y):
+    return y
+
+
+def wrong(y):
+    return 2 * y
+
+
+def broken(y):
+    raise RuntimeError("no such instruction\nand more")
+
+
+@pytest.mark.parametrize(
+    "a, b, times, chosen",
+    [(same, same, (2, 1), "triton-b"), (same, same, (1, 2), "triton-a"), (same, wrong, (2, 1), "triton-a"),
+     (broken, same, (1, 2), "triton-b")],
+)  # fmt: skip
+def test_the_faster_of_those_that_are_right(monkeypatch, capsys, a, b, times, chosen):
+    candidates = Candidates(monkeypatch, {"triton-a": a, "triton-b": b}, dict(zip(TRITON, times, strict=True)) | {"reference": 3})
+    assert candidates.choose() == chosen
+    assert f"Rollouts take {chosen}" in capsys.readouterr().err
+
+
+def test_float32_where_nothing_is_better_with_the_reasons(monkeypatch):
+    candidates = Candidates(monkeypatch, {"triton-a": broken, "triton-b": wrong}, {"triton-a": 1, "triton-b": 1, "reference": 3})
+    reasons = "triton-a cannot .* RuntimeError: no such instruction.*triton-b cannot .* its error is 1,"
+    with pytest.warns(RuntimeWarning, match=reasons):
+        assert candidates.choose() == "reference"
+    candidates = Candidates(monkeypatch, {"triton-a": same, "triton-b": same}, {"triton-a": 4, "triton-b": 5, "reference": 3})
+    with pytest.warns(RuntimeWarning, match="of 4 starts took reference 3000.00 ms, triton-a 4000.00 ms"):
+        assert candidates.choose() == "reference"
+
+
+def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
+    def reference(batch):
+        if batch > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 3
+
+    candidates = Candidates(
+        monkeypatch, {"triton-a": same, "triton-b": same}, {"triton-a": 1, "triton-b": 2, "reference": reference}
+    )
+    assert candidates.choose() == "triton-a" and candidates.batches == [4, 2, 2, 2]
+
+
+def test_a_gpu_that_a_kernel_ruined_ends_the_run(monkeypatch):
+    candidates = Candidates(monkeypatch, {"triton-a": broken, "triton-b": same}, {"triton-a": 1, "triton-b": 1, "reference": 3})
+
+    def synchronize(device):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    with pytest.raises(DydiffError, match="left cpu unusable .*no such instruction.*backend=extension"):
+        candidates.choose()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the trial of the fused kernels themselves needs a GPU")
-def test_auto_takes_the_fused_kernels_on_a_gpu():
+def test_auto_takes_fused_kernels_on_a_gpu():
     denoiser = Denoiser(UNet(14, 100), 11).cuda().requires_grad_(False)
-    assert choose_backend(denoiser, torch.device("cuda")) == "triton-a"
-    assert prepare_denoiser(denoiser, "auto").evaluate(torch.randn(2, 100, 14, device="cuda"), 1.0).isfinite().all()
+    assert choose_backend(denoiser, torch.device("cuda"), 64) in TRITON
+    assert prepare_denoiser(denoiser, "auto", 64).evaluate(torch.randn(2, 100, 14, device="cuda"), 1.0).isfinite().all()
