@@ -155,9 +155,11 @@ def convolve(
     length = -(-x.length // stride)
 
     tile = tile or choose("conv", capability, x.batch * length, columns, length)
-    weight_tma = family(capability) == "sm_90"
-    # Boxes of consecutive rows: not where every second row is read, or a channel block would straddle two taps.
-    x_tma = weight_tma and stride == phases == 1 and all(width % tile.depth == 0 for width in widths)
+    # A descriptor's box must not be larger than its tensor.
+    weight_tma, x_tma = family(capability) == "sm_90" and matrix.shape[1] >= tile.columns, False
+    if family(capability) == "sm_90" and stride == phases == 1:
+        # Boxes of consecutive rows: not where every second row is read, or a channel block would straddle two taps.
+        x_tma = all(width % tile.depth == 0 for width in widths) and len(x.rows) >= tile.rows
     per_sample = x.pitch if x_tma else length
 
     if form.gapped:

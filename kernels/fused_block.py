@@ -141,7 +141,7 @@ def fuse_block(
     )
     if tile is None:
         return None
-    descriptors = family(capability) == "sm_90"
+    descriptors = family(capability) == "sm_90" and columns >= tile.columns  # a box must not be larger than its tensor
 
     def matrix(convolution: Convolution | None, inputs: tuple[Activation, ...]) -> Tensor | TensorDescriptor | None:
         if convolution is None:
