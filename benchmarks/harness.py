@@ -291,6 +291,8 @@ def run_benchmark(options: argparse.Namespace, measure: Callable[[Session], None
     """Find the device, let `measure` measure, show what it found; returns the exit status."""
     try:
         options.device = find_device(options.device)
+        if options.device.startswith("cuda"):
+            torch.cuda.set_device(options.device)  # events are recorded on the current one
         options.seconds = options.seconds or (2.0 if options.quick else 10.0)
         session = Session(options)
         print(", ".join(f"{name} {value}" for name, value in session.machine.items()))

@@ -11,7 +11,7 @@ Cases, on Hopper's dimensions (11 observations, 3 actions) and the full-size U-N
     sampler      one pass of the sampler: 67 evaluations (fast: 8)
     rollout      everything: the start and two passes, 134 evaluations (fast: 11), never fewer
 
-Variants: `published` and `stock` (benchmarks/baselines.py), every backend of dydiff that works here (dydiff/backends.py), and
+Variants: `published` and `stock` (baselines.py, stock.py), every backend of dydiff that works here (dydiff/backends.py), and
 `fast`, the fastest of these in fast mode (dydiff/diffusion/fast_sampler.py), which samples other trajectories.
 
 Every variant is first checked against float32 without TF32 on the very inputs that are timed (`fast`: against fast mode in
@@ -201,12 +201,14 @@ def measure_peak(label: str, runner: Runner, device: str) -> int:
 @torch.no_grad()
 def peak_memory(name: str, shape: Shape, device: str) -> int:
     """The same, of this very process."""
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present
+    on_gpu = device.startswith("cuda")
+    if not on_gpu:
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present
     before = _resident("VmRSS")
     runner = build_runner(name, Workload(shape, device, num_steps=2, sampler_steps=2), FastMode(2, 0.8, 2))
     for case in CASES:
         getattr(runner, case)()
-    return torch.cuda.max_memory_allocated() if device.startswith("cuda") else _resident("VmHWM") - before
+    return torch.cuda.max_memory_allocated(device) if on_gpu else _resident("VmHWM") - before
 
 
 def _resident(field: str) -> int:

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from baselines import PlainUNet, PublishedDenoiser, StockDenoiser, StockStart, roll_out, sample_published, start_published
+from baselines import PlainUNet, PublishedDenoiser, roll_out, sample_published, start_published
 from harness import BenchmarkError
+from stock import Captured, StockDenoiser, StockStart
 from torch import Tensor
 
 from dydiff.backends import BACKENDS, IN_16_BIT, prepare_denoiser
+from dydiff.capture import capture_if_gpu
 from dydiff.data import Limits, Spaces, ZScore
 from dydiff.diffusion.edm import Denoiser
 from dydiff.diffusion.fast_sampler import FastMode
@@ -176,9 +178,22 @@ class Stock(Baseline):
         self.denoiser = StockDenoiser(network, getattr(torch, self.dtype), work.model_input, compile)
         self.detail = self.denoiser.arrangement
         self.start_from = StockStart(work.dynamics, work.act, work.spaces, work.first, work.shape.horizon)
+        self._passes: dict[int, Captured] = {}
 
     def sample_around(self, draw: Draw, num_steps: int, first: Tensor, actions: Tensor) -> Tensor:
-        return sample_edm(self.denoiser, self.work.sample_shape, draw, first, actions, num_steps, backend="reference")
+        """A pass of the sampler; on a GPU as one CUDA graph, with the noise among its inputs."""
+        shape = self.work.sample_shape
+        inputs = first, actions, *(draw(shape) for _ in range(num_steps + 1))
+        if not first.is_cuda:
+            return self._sample(self.denoiser, *inputs)
+        if num_steps not in self._passes:
+            self._passes[num_steps] = Captured(partial(self._sample, self.denoiser.for_graph()), *inputs)
+        return self._passes[num_steps](*inputs)
+
+    def _sample(self, denoiser: object, first: Tensor, actions: Tensor, *noise: Tensor) -> Tensor:
+        draws = iter(noise)
+        num_steps = len(noise) - 1
+        return sample_edm(denoiser, self.work.sample_shape, lambda _: next(draws), first, actions, num_steps, backend="reference")
 
 
 class Ours(Runner):
@@ -201,36 +216,44 @@ class Ours(Runner):
         # The engine then leaves the noise to the compiled sampler step.
         compiled_step = edm.available_backend(work.device, torch.float32) == "extension"
         self.makes_noise = compiled_step and backend != "reference" and fast is None
+        # A rollout is a CUDA graph, so its parts are timed as one; the trusted variant stays what it is.
+        capture = (lambda function, generator: function) if backend == "reference" else capture_if_gpu
+        self._evaluate = capture(lambda: (self.denoiser.evaluate(work.model_input, 1.0),), self.generator)
+        self._sample = capture(self._sample_plainly, self.generator)
 
     def evaluation(self) -> Tensor:
-        return self.denoiser.evaluate(self.work.model_input, 1.0)
+        return self._evaluate()[0]
 
     def start(self) -> Tensor:
         return self._roll_out(iterations=0)
 
     def sampler(self) -> Tensor:
+        self.generator.manual_seed(SEED)
+        return self._sample()[0]
+
+    def _sample_plainly(self) -> tuple[Tensor]:
         work = self.work
         condition = work.first, work.actions
         if self.fast is not None:
-            return self.fast.sample(self.denoiser, work.sample_shape, work.recorded_noise(0), *condition, None)
+            return (self.fast.sample(self.denoiser, work.sample_shape, work.recorded_noise(0), *condition, None),)
         draw = work.recorded_noise(work.sampler_steps)
         if self.makes_noise:
-            draw = work.engine_noise()
+            draw = edm.PhiloxNoise(torch.randint(2**62, (), generator=self.generator, device=work.device))
             draw.advance()
         step = "reference" if self.backend == "reference" else "auto"
-        return sample_edm(self.denoiser, work.sample_shape, draw, *condition, work.sampler_steps, backend=step)
+        return (sample_edm(self.denoiser, work.sample_shape, draw, *condition, work.sampler_steps, backend=step),)
 
     def rollout(self) -> Tensor:
         return self._roll_out(iterations=ITERATIONS)
 
     def _roll_out(self, iterations: int) -> Tensor:
         work = self.work
-        if self.makes_noise:
-            # One generator for all calls: a captured rollout belongs to it.
+        if self.makes_noise or self.fast is not None:
+            # One generator for all calls: a captured rollout belongs to it. Fast mode draws its noise from it in every backend.
             self.generator.manual_seed(SEED)
             trajectory = self.engine.roll_out(work.policy, work.start, self.generator, iterations=iterations)
         else:
-            draw = work.recorded_noise(0 if self.fast else work.num_steps)
+            draw = work.recorded_noise(work.num_steps)
             trajectory = self.engine.roll_out(work.policy, work.start, work.begin()[0], draw, iterations)
         return torch.cat(trajectory, dim=-1)
 

@@ -1,10 +1,11 @@
 """Settles the open GPU questions in one command: builds, tests and races everything on the card at hand, within ten minutes.
 
-    python profiling/gpu_report.py [--out FOLDER] [--cases DIR] [--wheels DIR] [--only PART ...]
+    python profiling/gpu_report.py [--out FOLDER] [--cases DIR] [--wheels DIR] [--only PART ...] [--seconds S]
 
-Every part runs as a process of its own with a time limit, so that one that fails or hangs costs only itself. The report is one
-JSON file: the machine, and for each part its command, exit status, seconds, the numbers it wrote and the end of its output.
-Exit status 1 if any part failed; the last lines say which.
+Every part runs as a process of its own with a time limit, so that one that fails or hangs costs only itself; what is right comes
+before what is fast, and what does not begin within --seconds is left out. The report is one JSON file: the machine, and for each
+part its command, exit status, seconds, the numbers it wrote and the end of its output. Exit status 1 if any part failed or was
+left out; the last lines say which.
 """
 
 from __future__ import annotations
@@ -13,15 +14,18 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
-DEVICE_TESTED = ("edm_step", "philox", "unet_kernels", "trial", "rollout_capture", "updates", "training_precision")
+DEVICE_TESTED = ("edm_step", "philox", "unet_kernels", "trial", "rollout_capture", "memory", "updates", "training_precision")
 DEVICE_TESTS = [f"tests/test_{name}.py" for name in DEVICE_TESTED]
+UPDATES = "--variants=published,stock,eager,graph"
 KEPT_OUTPUT = 4000  # characters of a part's output that the report keeps
 
 
@@ -43,22 +47,39 @@ def list_parts(out: Path, cases: Path, wheels: Path | None) -> list[Part]:
     names = ("race", "roofline", "epoch", "updates", "pretrain")
     race, roofline, epoch, updates, pretrain = (str(out / f"{name}.jsonl") for name in names)
     picture = f"--plot={out / 'roofline.png'}"
+    side_by_side = ["-n", "12", "--dist=worksteal"] if find_spec("xdist") else []  # compiling kernels is what takes time
+    loaded = "import sys; from dydiff.kernels.edm import why_unavailable; sys.exit(why_unavailable('cuda') or 0)"
+    variants = "--variants=published,stock,extension,triton-a,triton-b,fast"
+    fast = ["--quick", "--no-memory", "--batch=64,2048", "--cases=evaluation,rollout", variants]
     parts = [
-        Part("build", install, 150),
-        Part("tests", [python, "-m", "pytest", "-q", *DEVICE_TESTS], 150),
-        Part("conformance", [python, "tests/conformance.py", str(cases), "--backend", "all", "--device", "cuda"], 60),
-        Part("race", [python, "benchmarks/rollout_speed.py", "--quick", "--json", race], 150, race),
-        Part("roofline", [python, "benchmarks/roofline.py", "--batch", "2048", "--json", roofline, picture], 40, roofline),
-        Part("kernels", [python, "-m", "pytest", "-q", "benchmarks/test_kernel_speed.py"], 60),
-        Part("epoch", [python, "benchmarks/epoch_speed.py", "--quick", "--json", epoch], 60, epoch),
-        Part("updates", [python, "benchmarks/updates_speed.py", "--quick", "--json", updates], 45, updates),
-        Part("pretrain", [python, "benchmarks/pretrain_speed.py", "--quick", "--json", pretrain], 45, pretrain),
+        Part("build", install, 120),
+        Part("cuda unit", [python, "-c", loaded], 30),
+        Part("compile", [python, __file__, "--compile"], 120),
+        Part("conformance", [python, "tests/conformance.py", str(cases), "--backend", "all", "--device", "cuda"], 90),
+        Part("tests", [python, "-m", "pytest", "-q", *side_by_side, *DEVICE_TESTS], 150),
+        Part("race", [python, "benchmarks/rollout_speed.py", *fast, "--json", race], 200, race),
+        Part("updates", [python, "benchmarks/updates_speed.py", "--quick", UPDATES, "--json", updates], 60, updates),
+        Part("pretrain", [python, "benchmarks/pretrain_speed.py", "--quick", "--json", pretrain], 60, pretrain),
+        Part("epoch", [python, "benchmarks/epoch_speed.py", "--quick", "--json", epoch], 90, epoch),
+        Part("kernels", [python, "-m", "pytest", "-q", "-s", "benchmarks/test_kernel_speed.py"], 60),
+        Part("roofline", [python, "benchmarks/roofline.py", "--quick", "--batch=2048", "--json", roofline, picture], 40, roofline),
     ]
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer:
         check = [sanitizer, "--error-exitcode=9", python, "-m", "pytest", "-q", "-x", "tests/test_edm_step.py", "-k", "cuda"]
         parts.append(Part("sanitizer", check, 60))
     return parts
+
+
+def compile_kernels() -> int:
+    """Compile what the race runs, a process a backend and batch, into Triton's cache on disk; the exit status."""
+    commands = [
+        [sys.executable, "benchmarks/rollout_speed.py", f"--batch={batch}", "--device=cuda:0", f"--peak-memory-of={backend}"]
+        for backend in ("triton-a", "triton-b")
+        for batch in (64, 2048)
+    ]
+    children = [subprocess.Popen(command, cwd=REPO) for command in commands]
+    return max(abs(child.wait()) for child in children)
 
 
 def describe_machine() -> dict[str, str]:
@@ -85,17 +106,18 @@ def read_output(command: list[str]) -> str:
         return f"not available: {error}"
 
 
-def run_part(part: Part) -> dict[str, object]:
-    """Run one part and say what came out; never raises."""
+def run_part(part: Part, seconds: float) -> dict[str, object]:
+    """Run one part for at most so long and say what came out; never raises. Nothing that it started outlives it."""
     begin = time.perf_counter()
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     try:
-        done = subprocess.run(
-            part.command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=part.seconds
-        )
-        status, output = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as error:
-        captured = error.stdout or b""
-        status, output = "timeout", captured.decode(errors="replace") if isinstance(captured, bytes) else captured
+        with subprocess.Popen(part.command, cwd=REPO, start_new_session=True, **pipes) as process:
+            try:
+                output, _ = process.communicate(timeout=seconds)
+                status = process.returncode
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                status, output = "timeout", process.communicate()[0]
     except OSError as error:
         status, output = "not started", str(error)
     record: dict[str, object] = {
@@ -116,7 +138,12 @@ def main() -> int:
     parser.add_argument("--cases", type=Path, default=REPO / "tests" / "data" / "conformance", help="conformance cases")
     parser.add_argument("--wheels", type=Path, help="folder with wheels of missing dependencies, for a machine without network")
     parser.add_argument("--only", nargs="+", default=None, help="parts to run (default: all)")
+    parser.add_argument("--seconds", type=float, default=570, help="time for everything")
+    parser.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)  # in a process that a part started
     options = parser.parse_args()
+    if options.compile:
+        return compile_kernels()
+    end = time.perf_counter() + options.seconds
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     report: dict[str, object] = {"machine": describe_machine(), "parts": {}}
@@ -124,7 +151,8 @@ def main() -> int:
     for part in list_parts(out, options.cases.resolve(), options.wheels and options.wheels.resolve()):
         if options.only and part.name not in options.only:
             continue
-        record = run_part(part)
+        left = end - time.perf_counter()
+        record = run_part(part, min(part.seconds, left)) if left > 0 else {"status": "left out", "seconds": 0.0, "output_tail": ""}
         report["parts"][part.name] = record
         (out / "gpu_report.json").write_text(json.dumps(report, indent=1) + "\n")  # after each part: a kill loses nothing
         print(f"{part.name:12s} {record['status']!s:>8s} {record['seconds']:6.1f} s", flush=True)
