@@ -10,7 +10,7 @@ quickstart: venv
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash exp_specs/quickstart/run.sh
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: venv
 	$(BIN)/ruff check .
