@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._triton import has_triton  # `import torch` alone does not load that module
 
 from dydiff.errors import DydiffError
 
@@ -52,7 +53,7 @@ def _explain_failures(compiled: Callable[..., Any], setting: str) -> Callable[..
 def can_compile(device: torch.device) -> bool:
     """Whether torch.compile has a compiler for this device: Triton for a GPU, a C++ compiler for the CPU."""
     if device.type == "cuda":
-        return torch.utils._triton.has_triton()
+        return has_triton()
     return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name)
 
 
