@@ -132,7 +132,9 @@ class CUDAGraph:
         writes = bool(written) and torch.Tag.inplace_view not in function.tags
         if writes:
             self._undo += [
-                (tensor.elem.detach(), tensor.elem.clone()) for tensor in tensors if tensor.elem.untyped_storage()._cdata not in made
+                (tensor.elem.detach(), tensor.elem.clone())
+                for tensor in tensors
+                if tensor.elem.untyped_storage()._cdata not in made
             ]
         # Views of their own: operations in place may give what they are computed from another shape.
         fixed = [leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in plain]
