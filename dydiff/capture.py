@@ -66,17 +66,17 @@ def trace_gradients() -> bool:
 
 
 class CapturedGraph:
-    """A function without arguments as a CUDA graph; its draws from `generators` go on from replay to replay.
+    """A function without arguments as a CUDA graph of `device`; its draws from `generators` go on from replay to replay.
 
     The function must have run once before, outside of the capture (`warm_up`). What it returned then, and what tensors it reads
     and writes, keeps its place in memory: every replay overwrites `output`.
     """
 
-    def __init__(self, function: Callable[[], Any], *generators: torch.Generator):
+    def __init__(self, function: Callable[[], Any], device: torch.device, *generators: torch.Generator):
         self._graph = torch.cuda.CUDAGraph()
         for generator in generators:
             self._graph.register_generator_state(generator)
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, stream=_side_stream(device)):
             self.output = function()
 
     def replay(self) -> Any:
@@ -104,7 +104,7 @@ class GraphedFunction:
         key = tuple(tensor.shape for tensor in inputs)
         if key not in self._graphs:
             self._graphs[key] = None
-            return warm_up(lambda: self._function(*inputs))
+            return warm_up(lambda: self._function(*inputs), self._generator.device)
         if self._graphs[key] is None:
             self._graphs[key] = self._capture(inputs)
         graph, places = self._graphs[key]
@@ -115,7 +115,7 @@ class GraphedFunction:
     def _capture(self, inputs: tuple[Tensor, ...]) -> tuple[CapturedGraph, list[Tensor]]:
         places = [tensor.clone() for tensor in inputs]
         try:
-            return CapturedGraph(lambda: self._function(*places), self._generator), places
+            return CapturedGraph(lambda: self._function(*places), self._generator.device, self._generator), places
         except RuntimeError as error:
             raise DydiffError(
                 f"A CUDA graph cannot be captured here ({str(error).splitlines()[0]}). A policy that is rolled out must not read "
@@ -129,11 +129,26 @@ def capture_if_gpu(function: Callable[..., tuple[Tensor, ...]], generator: torch
     return GraphedFunction(function, generator) if generator.device.type == "cuda" else function
 
 
-def warm_up(function: Callable[[], Any]) -> Any:
-    """Call a function on a stream of its own, as it must have been before its capture: libraries allocate their workspaces."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+def warm_up(function: Callable[[], Any], device: torch.device) -> Any:
+    """Call a function on the stream of its later capture on `device`, as it must have been: libraries allocate workspaces."""
+    stream, current = _side_stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
         output = function()
-    torch.cuda.current_stream().wait_stream(stream)
+    current.wait_stream(stream)
     return output
+
+
+_side_streams: dict[int, torch.cuda.Stream] = {}  # by the index of the GPU
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream of each GPU for all warm-ups and captures there: libraries keep a workspace for every stream.
+
+    PyTorch's own default is a stream of whichever GPU was the current one at the first capture of the process; on it the work of
+    another GPU is not recorded, and replays do nothing.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index not in _side_streams:
+        _side_streams[index] = torch.cuda.Stream(index)
+    return _side_streams[index]

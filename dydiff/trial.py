@@ -37,8 +37,8 @@ def find_fault(candidate: Evaluate, trusted: Evaluate, shape: tuple[int, int, in
 def _time_calls(call: Callable[[], Tensor], device: torch.device) -> float:
     """Seconds of some calls in a row; on a GPU replays of a graph, as in a rollout, whose launches cost nothing."""
     if device.type == "cuda":
-        warm_up(call)
-        call = CapturedGraph(call).replay
+        warm_up(call, device)
+        call = CapturedGraph(call, device).replay
         call()
         torch.cuda.synchronize(device)
     began = time.perf_counter()

@@ -117,9 +117,9 @@ class Updates:
         key = (variants, nums_real)
         if key not in self._graphs:
             self._graphs[key] = None  # these updates count; the next ones of their kind are captured
-            return warm_up(work)
+            return warm_up(work, self._agent.device)
         if self._graphs[key] is None:
-            self._graphs[key] = CapturedGraph(work, *(learner.generator for learner in self.learners))
+            self._graphs[key] = CapturedGraph(work, self._agent.device, *(learner.generator for learner in self.learners))
         return self._graphs[key].replay()
 
     def _compute(self, variants: Variants, nums_real: tuple[int, ...]) -> tuple[Sums, dict[str, int]]:

@@ -45,9 +45,9 @@ def make_update(agent: TD3BC | DiffusionQL, mode: str) -> Callable[[Transitions,
     def replay_captured(*arguments) -> dict[str, Tensor]:
         work = partial(agent.apply_update, *arguments)
         before = copy.deepcopy(agent.state_dict())
-        warm_up(work)
+        warm_up(work, agent.device)
         agent.load_state_dict(before)
-        return CapturedGraph(work, torch.Generator(agent.device)).replay()
+        return CapturedGraph(work, agent.device, torch.Generator(agent.device)).replay()
 
     if mode == "compiled":
         trace_gradients()

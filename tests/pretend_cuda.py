@@ -23,7 +23,7 @@ CARDS = 2
 NAME, CAPABILITY, BYTES = "Pretended GPU", (9, 0), 80 << 30
 
 limits = SimpleNamespace(largest_tensor=BYTES)
-_state = SimpleNamespace(device=0, graph=None, random=[])
+_state = SimpleNamespace(device=0, graph=None, capture_stream=None, random=[])
 
 
 def current_device() -> int:
@@ -34,11 +34,15 @@ def capturing() -> CUDAGraph | None:
     return _state.graph
 
 
+def pick(which: Any) -> int:
+    """The index of the card that is meant, the current one by default."""
+    index = which if isinstance(which, int) or which is None else torch.device(which).index
+    return _state.device if index is None else index
+
+
 @contextlib.contextmanager
 def device(which: Any) -> Iterator[None]:
-    before = _state.device
-    index = which if isinstance(which, int) or which is None else torch.device(which).index
-    _state.device = before if index is None else index
+    before, _state.device = _state.device, pick(which)
     try:
         yield
     finally:
@@ -51,7 +55,7 @@ class Stream:
     cuda_stream = 0
 
     def __init__(self, device: Any = None, priority: int = 0):
-        self.device = torch.device("cuda", _state.device if device is None else torch.device(device).index or 0)
+        self.device = torch.device("cuda", pick(device))
 
     def wait_stream(self, other: Stream) -> None:
         assert isinstance(other, Stream)
@@ -170,7 +174,8 @@ class CUDAGraph:
 @contextlib.contextmanager
 def graph(captured: CUDAGraph, pool: Any = None, stream: Stream | None = None) -> Iterator[None]:
     synchronize()
-    with captured.capture():
+    _state.capture_stream = _state.capture_stream or Stream()  # once for all, as PyTorch does
+    with device((stream or _state.capture_stream).device), captured.capture():
         yield
 
 
@@ -205,7 +210,7 @@ def _set_states(states: list[torch.Tensor]) -> None:
 
 
 def _set_device(which: Any) -> None:
-    _state.device = which if isinstance(which, int) else torch.device(which).index or 0
+    _state.device = pick(which)
 
 
 PROPERTIES = SimpleNamespace(
@@ -252,6 +257,6 @@ def patched(more: list[tuple[Any, str, Any]]) -> Iterator[None]:
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         for place in more:
             stack.enter_context(mock.patch.object(*place))
-        _state.device, limits.largest_tensor = 0, BYTES
+        _state.device, _state.capture_stream, limits.largest_tensor = 0, None, BYTES
         manual_seed_all(0)
         yield

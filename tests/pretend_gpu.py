@@ -201,12 +201,23 @@ class _Functions(TorchFunctionMode):
             return _SPECIAL[function](function, *args, **kwargs)
         if not args or not isinstance(args[0], OnGpu):
             return function(*args, **kwargs)
+        if function in _INDEXING:  # a list becomes a tensor on the host
+            args = args[0], _from_lists(args[1]), *args[2:]
         # In `tensor[i] = 1.0` the number stays on the host.
         _within.append(torch.device("cpu") if function is torch.Tensor.__setitem__ else args[0].device)
         try:
             return function(*args, **kwargs)
         finally:
             _within.pop()
+
+
+_INDEXING = torch.Tensor.__getitem__, torch.Tensor.__setitem__
+
+
+def _from_lists(index: Any) -> Any:
+    if isinstance(index, tuple):
+        return tuple(map(_from_lists, index))
+    return torch.tensor(index) if isinstance(index, list) else index
 
 
 _within: list[torch.device] = []  # where the functions that are under way put what they make beside their first argument

@@ -238,11 +238,11 @@ def test_captured_steps_are_the_same(windows, monkeypatch, precision):
     """The order of warming up, capturing and replaying, with a stand-in that computes what a graph would replay."""
 
     class Recorded:
-        def __init__(self, function, generator):
+        def __init__(self, function, device, generator):
             self.replay = function
 
     monkeypatch.setattr(training, "CapturedGraph", Recorded)
-    monkeypatch.setattr(training, "warm_up", lambda function: function())
+    monkeypatch.setattr(training, "warm_up", lambda function, device: function())
     plain, captured = make_trainer(windows, precision), make_trainer(windows, precision)
     captured.captures = True
     assert [captured._step() for _ in range(4)] == [plain._step() for _ in range(4)]

@@ -129,11 +129,11 @@ def test_graphs_are_made_once_per_pattern(monkeypatch):
     """The bookkeeping around CUDA graphs, with stand-ins for capture and replay."""
 
     class Recorded:
-        def __init__(self, function, generator):
+        def __init__(self, function, device, generator):
             captured.append(function)
             self.replay = function
 
-    def warm_up(function):
+    def warm_up(function, device):
         warmed.append(function)
         return function()
 

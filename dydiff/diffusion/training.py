@@ -126,9 +126,9 @@ class DiffusionTrainer:
         """`_find_gradients` as one CUDA graph: hundreds of small kernels, which a batch of 8 would spend launching."""
         if not self._ready_to_capture:
             self._ready_to_capture = True  # this step counts; the next one is captured
-            return warm_up(self._find_gradients)
+            return warm_up(self._find_gradients, self.windows.device)
         if self._graph is None:
-            self._graph = CapturedGraph(self._find_gradients, self.generator)
+            self._graph = CapturedGraph(self._find_gradients, self.windows.device, self.generator)
         return self._graph.replay()
 
     def _find_gradients(self) -> torch.Tensor:
