@@ -93,6 +93,7 @@ class GraphedFunction:
 
     Raises:
         DydiffError: on capture, where the function waits for the device or draws from another generator.
+        torch.OutOfMemoryError: where the memory does not hold what it computes.
     """
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]], generator: torch.Generator):
@@ -116,6 +117,8 @@ class GraphedFunction:
         places = [tensor.clone() for tensor in inputs]
         try:
             return CapturedGraph(lambda: self._function(*places), self._generator.device, self._generator), places
+        except torch.OutOfMemoryError:  # the policy is not to blame
+            raise
         except RuntimeError as error:
             raise DydiffError(
                 f"A CUDA graph cannot be captured here ({str(error).splitlines()[0]}). A policy that is rolled out must not read "
