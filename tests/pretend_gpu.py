@@ -152,8 +152,9 @@ def dispatch(function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
                 torch.Tensor.data.__set__(known[id(value)], OnGpu(value, target))
             assert value.shape == known[id(value)].shape, f"{function} changes a shape in place, which is not pretended"
             return known[id(value)]
-        if value.numel() * value.element_size() > pretend_cuda.limits.largest_tensor:
-            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {value.numel() * value.element_size()} bytes.")
+        size = value.untyped_storage().nbytes()
+        if size > pretend_cuda.limits.largest_tensor and address(value) not in _memories:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes.")
         return OnGpu(value, target)
 
     return tree_map(wrap, result)
