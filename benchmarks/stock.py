@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from baselines import SIGMA_DATA, Act, PlainUNet
 from torch import Tensor, nn
 
+from dydiff.capture import CapturedGraph, warm_up
 from dydiff.data import Spaces
 from dydiff.dynamics import DynamicsEnsemble
 
@@ -22,21 +24,16 @@ class Captured:
 
     def __init__(self, function: Callable[..., Tensor], *examples: Tensor):
         self.inputs = [example.clone() for example in examples]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                function(*self.inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.output = function(*self.inputs)
+        # Kept, because the graph goes on reading what only the function may hold, such as gathered weights.
+        self.function = partial(function, *self.inputs)
+        for _ in range(3):
+            warm_up(self.function, examples[0].device)
+        self.graph = CapturedGraph(self.function, examples[0].device)
 
     def __call__(self, *arguments: Tensor) -> Tensor:
         for mine, theirs in zip(self.inputs, arguments, strict=True):
             mine.copy_(theirs)
-        self.graph.replay()
-        return self.output.clone()
+        return self.graph.replay().clone()
 
 
 class StockDenoiser:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._triton import has_triton  # `import torch` alone does not load that module
 
 from dydiff.errors import DydiffError
 
@@ -55,7 +56,7 @@ def _explain_failures(compiled: Callable[..., Any], setting: str) -> Callable[..
 def can_compile(device: torch.device) -> bool:
     """Whether torch.compile has a compiler for this device: Triton for a GPU, a C++ compiler for the CPU."""
     if device.type == "cuda":
-        return torch.utils._triton.has_triton()
+        return has_triton()
     return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name)
 
 
@@ -138,6 +139,7 @@ class GraphedFunction:
 
     Raises:
         DydiffError: on capture, where the function waits for the device or draws from another generator.
+        torch.OutOfMemoryError: where the memory does not hold what it computes.
     """
 
     def __init__(
@@ -166,6 +168,8 @@ class GraphedFunction:
         try:
             function, device = partial(self._function, *places), self._generator.device
             return CapturedGraph(function, device, self._generator, pool=self._pool), places
+        except torch.OutOfMemoryError:  # the policy is not to blame
+            raise
         except RuntimeError as error:
             raise DydiffError(
                 f"A CUDA graph cannot be captured here ({str(error).splitlines()[0]}). A policy that is rolled out must not read "
