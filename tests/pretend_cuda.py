@@ -241,6 +241,8 @@ STAND_INS = {
     "Event": Event,
     "CUDAGraph": CUDAGraph,
     "graph": graph,
+    "graph_pool_handle": lambda: (0, 1),
+    "set_stream": lambda stream: _set_device(stream.device),
     "is_current_stream_capturing": lambda: _state.graph is not None,
     "manual_seed_all": manual_seed_all,
     "manual_seed": manual_seed_all,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +40,7 @@ SECOND = "cuda:1"  # while the first one is current, as in a worker that was dea
 @pytest.fixture
 def cards(monkeypatch):
     """Two pretended cards, whose EDM step is the CPU's compiled one."""
-    monkeypatch.setattr(capture, "_side_streams", {})
+    monkeypatch.setattr(capture, "_side_stream", functools.cache(capture._side_stream.__wrapped__))
     if native.extension is not None:
         monkeypatch.setattr(native.extension, "cuda", SimpleNamespace(obstacle=lambda: ""), raising=False)
     with pretend():
