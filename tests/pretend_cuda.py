@@ -40,6 +40,16 @@ def pick(which: Any) -> int:
     return _state.device if index is None else index
 
 
+def with_index(device: torch.device | str | int | None) -> torch.device | None:
+    """A device with the index that CUDA would complete it by."""
+    device = torch.device("cuda", device) if isinstance(device, int) else device and torch.device(device)
+    if device is None or device.type != "cuda":
+        return device
+    if device.index is not None and device.index >= CARDS:
+        raise RuntimeError("CUDA error: invalid device ordinal")
+    return torch.device("cuda", _state.device) if device.index is None else device
+
+
 @contextlib.contextmanager
 def device(which: Any) -> Iterator[None]:
     before, _state.device = _state.device, pick(which)
@@ -47,6 +57,29 @@ def device(which: Any) -> Iterator[None]:
         yield
     finally:
         _state.device = before
+
+
+class PretendedGenerator(torch.Generator):
+    """A generator that is on the device it was made for."""
+
+    def __new__(cls, device: torch.device | str = "cpu"):
+        self = super().__new__(cls, "cpu")
+        self._where = with_index(device)
+        generators[self._cdata] = self
+        return self
+
+    device = property(lambda self: self._where)
+
+    def set_state(self, state: torch.Tensor) -> torch.Generator:
+        if type(state) is not torch.Tensor:
+            raise TypeError("RNG state must be a torch.ByteTensor")
+        return super().set_state(state)
+
+    def __reduce__(self):
+        raise TypeError("a pretended generator stays in its process")
+
+
+generators: weakref.WeakValueDictionary[int, PretendedGenerator] = weakref.WeakValueDictionary()  # by what C++ hands over
 
 
 class Stream:

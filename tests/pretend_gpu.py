@@ -18,14 +18,14 @@ from typing import Any
 
 import pretend_cuda
 import torch
-from pretend_cuda import CARDS
+from pretend_cuda import PretendedGenerator, with_index
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 aten = torch.ops.aten
 COPIES = (aten.copy_, aten._to_copy, aten._foreach_copy_)  # what may cross from one device to another
-# Besides elementwise operations, these take a host's tensor without dimensions; the last two any index from the host.
+# Besides elementwise operations, these take a host's tensor without dimensions.
 TAKE_SCALARS = (aten.fill_, aten.masked_fill, aten.masked_fill_, aten.index_put_, aten.index, aten._fused_adam_)
 TAKE_HOST_INDICES = (aten.index, aten.index_put_, aten._index_put_impl_)
 HOST_WAITS = (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten._unique2, aten.repeat_interleave)
@@ -68,41 +68,8 @@ class OnGpu(torch.Tensor):
         return dispatch(function, args, kwargs or {})
 
 
-class PretendedGenerator(torch.Generator):
-    """A generator that is on the device it was made for."""
-
-    def __new__(cls, device: torch.device | str = "cpu"):
-        self = super().__new__(cls, "cpu")
-        self._where = with_index(torch.device(device))
-        _generators[self._cdata] = self
-        return self
-
-    device = property(lambda self: self._where)
-
-    def set_state(self, state: torch.Tensor) -> torch.Generator:
-        if type(state) is not torch.Tensor:
-            raise TypeError("RNG state must be a torch.ByteTensor")
-        return super().set_state(state)
-
-    def __reduce__(self):
-        raise TypeError("a pretended generator stays in its process")
-
-
-_generators: weakref.WeakValueDictionary[int, PretendedGenerator] = weakref.WeakValueDictionary()  # by what C++ hands over
-
-
 def address(elem: torch.Tensor) -> int:
     return elem.untyped_storage()._cdata
-
-
-def with_index(device: torch.device | str | int | None) -> torch.device | None:
-    """A device with the index that CUDA would complete it by."""
-    device = torch.device("cuda", device) if isinstance(device, int) else device and torch.device(device)
-    if device is None or device.type != "cuda":
-        return device
-    if device.index is not None and device.index >= CARDS:
-        raise RuntimeError("CUDA error: invalid device ordinal")
-    return torch.device("cuda", pretend_cuda.current_device()) if device.index is None else device
 
 
 def dispatch(function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -180,7 +147,7 @@ def check_devices(function: Any, args: tuple, leaves: list[Any], target: torch.d
 def check_generator(leaves: list[Any], target: torch.device) -> None:
     for leaf in leaves:
         if isinstance(leaf, torch._C.Generator):
-            generator = _generators.get(leaf._cdata)
+            generator = pretend_cuda.generators.get(leaf._cdata)
             device = leaf.device if generator is None else generator.device
             if device != target:
                 raise RuntimeError(f"Expected a '{target}' device type for generator but found '{device}'")

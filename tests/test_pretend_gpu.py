@@ -149,7 +149,7 @@ def make_updates(name: str, mode: str, seed: int) -> Updates:
     made = Transitions(*(field.to(SECOND) for field in made))
     synthetic = ReplayBuffer(30, OBSERVATION_DIM, 1, SECOND)
     synthetic.extend(made)
-    options = {"num_random": 2} if name == "cql" else {}
+    options = {"cql": {"num_random": 2}, "diffusion_ql": {"n_timesteps": 2}}.get(name, {})
     agent = AGENTS[name](OBSERVATION_DIM, 1, hidden_dims=[8], device=SECOND, generator=random, **options)
     real = ReplayBuffer.from_transitions(made, 100)
     return Updates(agent, real, synthetic, 8, 0.6, torch.Generator(SECOND).manual_seed(seed), mode, num_updates=0)
@@ -205,9 +205,9 @@ def test_every_stage_trains_resumes_and_is_reported(cards, dataset, command, run
         assert outcome.status == 0, outcome.errors
 
     check(command("train", "-m", dataset, "--rl_model_type=MLP_RL", *tiny.TRAIN, "--duration=0.00008", device, f"--outdir={runs}"))
-    for stage in ("dynamics", "reward"):
-        check(run_stage(stage, dataset, device))
-    for epochs in (2, 3):
+    for stage, section in (("dynamics", "dyn_model_params"), ("reward", "model_params")):
+        check(run_stage(stage, dataset, device, f"--set={section}.max_epochs=2"))
+    for epochs in (1, 2):
         check(run_stage("td3_bc", dataset, device, f"{short[1]}{epochs}", short[0], "--resume"))
     beside = ["--set=rl_trainer_params.evaluation_worker=true", "--set=sampler_kwargs.fast=true", "--set=seeds=[0, 1]"]
     check(run_stage("cql", dataset, device, f"{short[1]}2", *beside))
