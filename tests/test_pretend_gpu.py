@@ -91,8 +91,9 @@ def test_graphs_replay_what_they_hold_and_notice_what_they_lost(cards):
             CapturedGraph(forbidden, device)
     with pytest.raises(RuntimeError, match="not in capture mode"):
         CapturedGraph(count, device)
-    with pytest.raises(RuntimeError, match="not in the capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        weight.add_(1)  # PyTorch's default is a stream of the first card
+    elsewhere = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream("cuda:0"))
+    with pytest.raises(RuntimeError, match="not in the capture"), elsewhere:
+        weight.add_(1)
     assert warm_up(lambda: torch.cuda.current_device(), device) == 1 and torch.cuda.current_device() == 0
 
 
