@@ -157,7 +157,7 @@ def build_rollouts(constants: Constants, problem: Problem, device: str, files: d
         problem.spaces.to(device),
         horizon,
         sampler.iterative_times,
-        params.each_rollout_size,
+        min(params.each_rollout_size, params.rollout_batch_size),
         {
             "num_steps": sampler.num_steps,
             "s_churn": sampler.S_churn,
