@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ IN_16_BIT = ("bf16", *TRITON)
 # A norm over few elements blows up rounding: with groups of 2 the network was wrong by 50 %, with 32 and more by 2 to 4 %.
 SMALLEST_GROUP = 32
 LARGEST_TRIAL = 2048  # starts
+_verdicts: WeakKeyDictionary[Denoiser, dict[tuple[torch.device, int], str]] = WeakKeyDictionary()  # of trials in this process
 
 
 class CompiledDenoiser:
@@ -116,8 +118,11 @@ def choose_backend(denoiser: Denoiser, device: torch.device, batch: int = LARGES
         return "bf16"
     plain = edm.available_backend(device, torch.float32)
     if device.type == "cuda" and isinstance(network, UNet):
-        say(f"Trying the fused kernels on {device}: their first compilation takes a minute or two.")
-        return _race_backends(denoiser, device, min(batch, LARGEST_TRIAL), plain)
+        verdicts, key = _verdicts.setdefault(denoiser, {}), (device, min(batch, LARGEST_TRIAL))
+        if key not in verdicts:
+            say(f"Trying the fused kernels on {device}: their first compilation takes a minute or two.")
+            verdicts[key] = _race_backends(denoiser, *key, plain)
+        return verdicts[key]
     return plain
 
 
@@ -149,7 +154,7 @@ def _race_backends(denoiser: Denoiser, device: torch.device, batch: int, plain: 
     times = ", ".join(f"{name} {1e3 * each:.2f} ms" for name, each in seconds.items())
     if fastest == plain:
         message = f"Rollouts are computed in float32. An evaluation of {batch} starts took {times}."
-        warnings.warn(" ".join([message, *(f"{fault}." for fault in faults)]), RuntimeWarning, stacklevel=4)
+        warnings.warn(" ".join([message, *(f"{fault}." for fault in faults)]), RuntimeWarning, stacklevel=2)
     else:
         say(f"Rollouts take {fastest}: an evaluation of {batch} starts took {times}.")
     return fastest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from types import SimpleNamespace
 
@@ -148,6 +149,22 @@ def test_a_gpu_that_a_kernel_ruined_ends_the_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     with pytest.raises(DydiffError, match="left cpu unusable .*no such instruction.*backend=extension"):
         candidates.choose()
+
+
+def test_a_network_is_tried_once(monkeypatch):
+    candidates = Candidates(monkeypatch, {"triton-a": same, "triton-b": same}, {"triton-a": 1, "triton-b": 2, "reference": 3})
+    monkeypatch.setattr(backends.edm, "available_backend", lambda device, dtype: "reference")
+    race, raced = backends._race_backends, []
+
+    def watched(denoiser, device, batch, plain):
+        raced.append(batch)
+        return race(denoiser, CPU, batch, plain)
+
+    monkeypatch.setattr(backends, "_race_backends", watched)
+    for batch in (4, 4, 6, 5000, 2048):
+        assert choose_backend(candidates.denoiser, torch.device("cuda:0"), batch) == "triton-a"
+    assert raced == [4, 6, 2048]
+    assert choose_backend(copy.deepcopy(candidates.denoiser), torch.device("cuda:0"), 4) == "triton-a" and len(raced) == 4
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the trial of the fused kernels themselves needs a GPU")
