@@ -60,7 +60,7 @@ def list_parts(out: Path, cases: Path, wheels: Path | None) -> list[Part]:
         Part("race", [python, "benchmarks/rollout_speed.py", *fast, "--json", race], 200, race),
         Part("updates", [python, "benchmarks/updates_speed.py", "--quick", UPDATES, "--json", updates], 60, updates),
         Part("pretrain", [python, "benchmarks/pretrain_speed.py", "--quick", "--json", pretrain], 60, pretrain),
-        Part("epoch", [python, "benchmarks/epoch_speed.py", "--quick", "--json", epoch], 90, epoch),
+        Part("epoch", [python, "benchmarks/epoch_speed.py", "--quick", "--starts=2048", "--json", epoch], 120, epoch),
         Part("kernels", [python, "-m", "pytest", "-q", "-s", "benchmarks/test_kernel_speed.py"], 60),
         Part("roofline", [python, "benchmarks/roofline.py", "--quick", "--batch=2048", "--json", roofline, picture], 40, roofline),
     ]
