@@ -78,6 +78,14 @@ def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
     return parse
 
 
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
 def add_train_options(parser: argparse.ArgumentParser) -> None:
     """The options of train.py (SPEC section 9)."""
     number, count = positive(float), positive(int)
@@ -91,6 +99,12 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--include_action", type=parse_bool, default=True, help="model actions beside observations")
     parser.add_argument("--use_cond", type=parse_bool, default=True, help="show the clean first observation in training")
     parser.add_argument("--cond_on_action", type=parse_bool, default=True, help="show the clean actions in training")
+    parser.add_argument(
+        "--foreign_actions",
+        type=share,
+        default=0.0,
+        help="share of windows that are shown another window's later actions, so that none is read out of them (published: 0)",
+    )
     parser.add_argument("--batch", type=count, default=8, help="windows per update")
     parser.add_argument("--batch-gpu", type=count, default=None, help="at most so many windows at a time (memory)")
     parser.add_argument("--duration", type=number, default=4.0, help="length of training, in millions of windows")
@@ -122,6 +136,8 @@ def training_settings(options: argparse.Namespace) -> dict[str, Any]:
     """
     if options.cond_on_action and not options.include_action:
         raise DydiffError("--cond_on_action=True needs --include_action=True: there are no actions to condition on.")
+    if options.foreign_actions and not options.cond_on_action:
+        raise DydiffError("--foreign_actions needs --cond_on_action=True: without it no actions are shown at all.")
     return {
         "dataset_name": options.dataset,
         "network": {
@@ -142,6 +158,8 @@ def training_settings(options: argparse.Namespace) -> dict[str, Any]:
         "half_life": options.ema * 1e6,
         "precision": options.precision,
         "seed": options.seed,
+        # Left out where it changes nothing: so trainings that began before there was this option go on.
+        **({"foreign_actions": options.foreign_actions} if options.foreign_actions else {}),
     }
 
 

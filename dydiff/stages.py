@@ -190,6 +190,7 @@ def train_diffusion(
     seed: int,
     device: str,
     dry_run: bool,
+    foreign_actions: float = 0.0,
 ) -> None:
     """Train a diffusion model in `folder`, resuming what is there. `duration`, `tick`, `lr_ramp`, `half_life` count samples.
 
@@ -220,6 +221,7 @@ def train_diffusion(
         "include_action": include_action,
         "use_cond": use_cond,
         "cond_on_action": cond_on_action,
+        "foreign_actions": foreign_actions,
     }
     stage = DiffusionTrainer(
         denoiser,
@@ -238,6 +240,7 @@ def train_diffusion(
         cond_on_action,
         progress.advance,
         precision,
+        foreign_actions,
     )
     run = Run(folder, DIFFUSION, dataset, settings)
     with progress:

@@ -197,6 +197,8 @@ COMMANDS = [
     ("train -m x --dim_mults=1,x", 2, "'1,x' is not a list of whole numbers above 0"),
     ("train -m x --use_cond=maybe", 2, "'maybe' is neither True nor False"),
     ("train -m x --precision=fp8", 2, "argument --precision: invalid choice: 'fp8'"),
+    ("train -m x --cond_on_action=False --foreign_actions=0.5", 1, "--foreign_actions needs --cond_on_action=True"),
+    ("train -m x --foreign_actions=1.5", 2, "argument --foreign_actions: 1.5 is not between 0 and 1"),
     ("train -m x --include_action=False", 1, "--cond_on_action=True needs --include_action=True"),
     ("train -m hoper-medium-v2 --device=cpu", 1, "Unknown dataset 'hoper-medium-v2'"),
     ("train -m hopper-medium-v2 --device=cpu", 1, "Get it with `dydiff data download hopper-medium-v2`"),

@@ -12,7 +12,7 @@ from small_denoiser import ACTION_DIM, HORIZON, OBSERVATION_DIM, generator, make
 from torch import Tensor, nn
 
 from dydiff.data import Dataset, Limits, Windows
-from dydiff.diffusion.edm import Denoiser, draw_sigma, edm_loss
+from dydiff.diffusion.edm import Denoiser, ForeignActions, draw_sigma, edm_loss, show_foreign_actions
 from dydiff.diffusion.training import DiffusionTrainer
 from dydiff.errors import DydiffError, NotFinite
 
@@ -42,9 +42,10 @@ def weights(module: nn.Module) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
 
 
+@pytest.mark.parametrize("foreign_actions", [0.0, 0.5])
 @pytest.mark.parametrize("micro_batch", [1, 4, 6, 100])
-def test_splitting_a_batch_changes_nothing(windows, micro_batch):
-    whole, split = make_trainer(windows), make_trainer(windows, micro_batch=micro_batch)
+def test_splitting_a_batch_changes_nothing(windows, micro_batch, foreign_actions):
+    whole, split = (make_trainer(windows, micro_batch=each, foreign_actions=foreign_actions) for each in (None, micro_batch))
     whole_log, split_log = whole.run_epoch(), split.run_epoch()
     assert whole_log == pytest.approx(split_log, rel=1e-5)
     torch.testing.assert_close(weights(whole.denoiser), weights(split.denoiser), rtol=1e-3, atol=1e-6)
@@ -59,6 +60,27 @@ def test_training_lowers_the_loss_of_the_average(windows):
     while not trainer.finished:
         trainer.run_epoch()
     assert float(edm_loss(trainer.ema, clean, sigma, noise).mean()) < 0.8 * before
+
+
+def test_foreign_actions_teach_not_to_read_states_out_of_later_actions():
+    """Actions here are the states that they are taken in: what reads them is right with its own and wrong with foreign ones."""
+    state = np.random.default_rng(0).uniform(-1, 1, (2000, 1)).astype(np.float32)
+    columns = {"observations": np.repeat(state, OBSERVATION_DIM, axis=1), "actions": np.repeat(state, ACTION_DIM, axis=1)}
+    dataset = Dataset("made-up", None, **columns, rewards=np.zeros(2000, np.float32), terminals=np.arange(2000) % 20 == 19)
+    windows = Windows(dataset, HORIZON, Limits.from_dataset(dataset))
+    losses = {}
+    for share in (0.0, 0.9):
+        trainer = make_trainer(
+            windows, batch_size=64, duration=64 * 400, tick=64 * 400, lr=3e-3, lr_ramp=100, foreign_actions=share
+        )
+        trainer.run_epoch()
+        clean = windows.gather(torch.arange(500))
+        sigma, noise, foreign = draw_sigma(500, generator(1)), normal(*clean.shape, seed=2), torch.full((500,), 1)
+        cut = ForeignActions(foreign, torch.ones(500))
+        shown, counted = show_foreign_actions(clean, clean.roll(250, 0), cut, OBSERVATION_DIM)
+        loss = edm_loss(trainer.ema, clean, sigma, noise, shown_action=shown) * counted
+        losses[share] = float(loss.sum() / counted.sum())
+    assert losses[0.9] < 0.7 * losses[0.0]
 
 
 def test_average_of_the_weights_by_hand(windows):

@@ -9,7 +9,15 @@ import torch
 from small_denoiser import ACTION_DIM, DATA_DIM, HORIZON, OBSERVATION_DIM, generator, make_denoiser, normal
 from torch import Tensor, nn
 
-from dydiff.diffusion.edm import Denoiser, draw_sigma, edm_loss, precondition
+from dydiff.diffusion.edm import (
+    Denoiser,
+    ForeignActions,
+    draw_foreign_actions,
+    draw_sigma,
+    edm_loss,
+    precondition,
+    show_foreign_actions,
+)
 from dydiff.diffusion.sampler import sample_edm
 from dydiff.kernels import edm
 
@@ -100,6 +108,35 @@ def test_conditioning_is_shown_clean_and_the_rest_is_not():
     given[0, :OBSERVATION_DIM] = given[:, OBSERVATION_DIM:] = True
     torch.testing.assert_close(shown[:, given], clean[:, given])
     assert ((shown - clean)[:, ~given].abs() > 1e-3).all()
+
+
+def test_foreign_actions_are_shown_from_the_cut_on_and_only_rows_before_it_count():
+    clean, other = normal(4, 6, DATA_DIM), normal(4, 6, DATA_DIM, seed=1)
+    foreign = ForeignActions(torch.tensor([1, 3, 5, 6]), torch.tensor([1.0, 0.25, 0.5, 0.7]))
+    shown, counted = show_foreign_actions(clean, other, foreign, OBSERVATION_DIM)
+    for b, (cut, blend) in enumerate(zip(*map(torch.Tensor.tolist, foreign), strict=True)):
+        for h in range(6):
+            own, foreigner = clean[b, h, OBSERVATION_DIM:], other[b, h, OBSERVATION_DIM:]
+            expected = own if h < cut else (1 - blend) * own + blend * foreigner
+            torch.testing.assert_close(shown[b, h], expected)
+            assert counted[b, h, :OBSERVATION_DIM].all() == (h <= cut)  # the state that the last own action led to counts
+            assert counted[b, h, OBSERVATION_DIM:].all() == (h < cut)
+    assert counted[3].all() and torch.equal(shown[3], clean[3, :, OBSERVATION_DIM:])
+
+
+def test_the_share_of_foreign_actions():
+    cut, blend = draw_foreign_actions(20_000, 6, 0.3, generator())
+    assert abs((cut < 6).float().mean() - 0.3) < 0.02 and (cut.bincount()[1:6] > 900).all() and cut.min() == 1
+    assert abs(blend.mean() - 0.5) < 0.02 and 0 <= blend.min() and blend.max() < 1
+    assert (draw_foreign_actions(100, 6, 0.0, generator()).cut == 6).all()
+    assert (draw_foreign_actions(100, 6, 1.0, generator()).cut < 6).all()
+
+
+def test_the_network_is_shown_the_given_actions():
+    denoiser, shown_action = Denoiser(Recorder(), OBSERVATION_DIM), normal(5, HORIZON, DATA_DIM - OBSERVATION_DIM, seed=2)
+    clean, sigma = normal(5, HORIZON, DATA_DIM), torch.full((5,), 2.0)
+    edm_loss(denoiser, clean, sigma, normal(5, HORIZON, DATA_DIM, seed=1), shown_action=shown_action)
+    torch.testing.assert_close(denoiser.network.inputs[0][..., OBSERVATION_DIM:] * math.sqrt(4.25), shown_action)
 
 
 def test_the_ideal_denoiser_has_the_least_loss():

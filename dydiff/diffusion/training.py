@@ -12,7 +12,14 @@ import torch
 from dydiff.capture import CapturedGraph, warm_up
 from dydiff.data import Windows
 from dydiff.device import has_fast_bf16
-from dydiff.diffusion.edm import Denoiser, draw_sigma, edm_loss
+from dydiff.diffusion.edm import (
+    Denoiser,
+    ForeignActions,
+    draw_foreign_actions,
+    draw_sigma,
+    edm_loss,
+    show_foreign_actions,
+)
 from dydiff.diffusion.update import Update
 from dydiff.errors import DydiffError, NotFinite
 from dydiff.finite import find_not_finite
@@ -29,7 +36,8 @@ class DiffusionTrainer:
     `duration`, `tick`, `lr_ramp` and `half_life` count samples: the learning rate grows linearly over the first `lr_ramp`,
     `half_life` is that of the weights' moving average, which is the model. `micro_batch` splits a batch to save memory.
     `precision` is that of the matrix products: `float32` is plain PyTorch throughout, `bf16` for UNet_RL only (weights, their
-    update and the loss stay float32), `auto` takes bf16 where the processor multiplies it in hardware. `describe` is the
+    update and the loss stay float32), `auto` takes bf16 where the processor multiplies it in hardware. `foreign_actions` is the
+    share of windows that show the network another window's later actions (`edm.show_foreign_actions`). `describe` is the
     manifest that is stored beside the weights, every `snapshot_ticks` ticks (0: only at the end).
 
     Raises:
@@ -55,6 +63,7 @@ class DiffusionTrainer:
         cond_on_action: bool = True,
         on_batch: Callable[[int], None] = lambda samples: None,
         precision: str = "float32",
+        foreign_actions: float = 0.0,
     ):
         self.denoiser = denoiser.train().requires_grad_(True)
         self.precision = choose_precision(precision, denoiser)
@@ -76,6 +85,7 @@ class DiffusionTrainer:
         self.snapshot_ticks = snapshot_ticks
         self.use_cond = use_cond
         self.cond_on_action = cond_on_action
+        self.foreign_actions = foreign_actions
         self.on_batch = on_batch
         self.update = Update(list(denoiser.parameters()), list(self.ema.parameters()), copies)
         self.generator = torch.Generator(windows.device).manual_seed(seed)
@@ -141,9 +151,19 @@ class DiffusionTrainer:
         index = torch.randint(len(self.windows), (self.batch_size,), generator=generator, device=device)
         sigmas = draw_sigma(self.batch_size, generator)
         noises = torch.randn(self.batch_size, self.windows.horizon, self.windows.dim, generator=generator, device=device)
-        for rows, sigma, noise in zip(*(values.split(self.micro_batch) for values in (index, sigmas, noises)), strict=True):
-            clean = self.windows.gather(rows)  # [B, H, D]
-            loss = edm_loss(self.learner, clean, sigma, noise, self.use_cond, self.cond_on_action)
+        foreign = None
+        if self.foreign_actions:
+            foreign = draw_foreign_actions(self.batch_size, self.windows.horizon, self.foreign_actions, generator)
+        for first in range(0, self.batch_size, self.micro_batch):
+            part = slice(first, first + self.micro_batch)
+            clean = self.windows.gather(index[part])  # [B, H, D]
+            shown, counted = None, None
+            if foreign is not None:
+                other, drawn = self.windows.gather(index.roll(1)[part]), ForeignActions(*(values[part] for values in foreign))
+                shown, counted = show_foreign_actions(clean, other, drawn, self.denoiser.observation_dim)
+            loss = edm_loss(self.learner, clean, sigmas[part], noises[part], self.use_cond, self.cond_on_action, shown)
+            if counted is not None:
+                loss = loss * counted
             (loss.sum() / self.batch_size).backward()
             mean += loss.detach().sum() / (self.batch_size * clean[0].numel())
         self.update.repair_gradients()
