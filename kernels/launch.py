@@ -55,6 +55,7 @@ TILES = {
         "block": [Tile(128, 128, 32, 8, 4), Tile(256, 64, 32, 8, 4), Tile(64, 128, 32, 4, 4), Tile(64, 32, 64, 4, 5)],
     },
 }
+TWO_PASS = "two-pass"  # in the table, for a block that is faster as a convolution and a pass for the normalisation
 # Shared memory that a block may have, in KiB, by compute capability (CUDA C++ programming guide).
 SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 
@@ -90,11 +91,16 @@ def suits(tile: Tile, columns: int) -> bool:
 def choose(
     kind: str, capability: int, rows: int, columns: int, length: int, worth: Callable[[Tile], float] = lambda tile: 1.0
 ) -> Tile | None:
-    """The tile for an output of this many rows and columns, L positions a sample; None if no tile is worth anything."""
+    """The tile for an output of this many rows and columns, L positions a sample.
+
+    None if no tile is worth anything, or the table says that two passes are better than a block.
+    """
     tiles = [tile for tile in TILES[family(capability)][kind] if worth(tile) > 0]
     if not tiles:
         return None
     measured = read_table(TABLE).get(family(capability), {}).get(shape_class(kind, rows, columns, length))
+    if measured == TWO_PASS:
+        return None
     if measured is not None and (tile := Tile(*map(int, measured.split()))) in tiles:
         return fits_card(tile, capability)
 
@@ -107,7 +113,7 @@ def choose(
 
 @cache
 def read_table(path: Path) -> dict[str, dict[str, str]]:
-    """Measured choices: family -> class of shapes -> tile as "rows columns depth warps stages"."""
+    """Measured choices: family -> class of shapes -> tile as "rows columns depth warps stages", or TWO_PASS."""
     return json.loads(path.read_text()) if path.exists() else {}
 
 

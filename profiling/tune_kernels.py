@@ -1,7 +1,8 @@
 """Measures every tile of launch.py on this card and keeps the fastest for each class of shapes.
 
 `python profiling/tune_kernels.py` runs the default U-Net at a full and at a small batch, times each convolution with each tile
-that may serve it, and writes kernels/launch_table.json (or --save); entries of other families of cards stay.
+that may serve it, and each block as one kernel and in two passes; it writes kernels/launch_table.json (or --save), where entries of
+other families of cards stay.
 Compiling all variants takes minutes the first time. Nothing else ever tunes: without a table, launch.py's rule decides.
 """
 
@@ -20,14 +21,15 @@ from torch import Tensor
 from dydiff.errors import DydiffError
 from dydiff.kernels.convolution import Form, convolve
 from dydiff.kernels.fused_block import fuse_block, worth
-from dydiff.kernels.launch import TABLE, TILES, Launch, Tile, family, fits_card, read_table, shape_class, suits
+from dydiff.kernels.launch import TABLE, TILES, TWO_PASS, Launch, Tile, family, fits_card, read_table, shape_class, suits
 from dydiff.kernels.layout import Activation
 from dydiff.kernels.packing import ConvBlock, Convolution, Residual
 from dydiff.kernels.unet_triton import TwoPassBlocks, why_unavailable
 from dydiff.networks.fused_unet import FusedUNet
 from dydiff.networks.unet import UNet
 
-Times = dict[str, dict[Tile, float]]  # class of shapes -> tile -> milliseconds, summed over the layers of that class
+# Class of shapes -> tile, or TWO_PASS -> milliseconds, summed over the layers of that class.
+Times = dict[str, dict[Tile | str, float]]
 
 
 class TimedBlocks(TwoPassBlocks):
@@ -57,7 +59,16 @@ class TimedBlocks(TwoPassBlocks):
             if worth(tile, x.length, columns):
                 launch = fuse_block(sources, block, out, capability, time, residual, fits_card(tile, capability))
                 self.times[name][tile] += self.measure(launch)
-        return super().conv_block(sources, block, time, residual)
+        launches: list[Launch] = []
+
+        def execute(launch: Launch) -> None:
+            launches.append(launch)
+            self.execute(launch)
+
+        result = TwoPassBlocks(self.dtype, 2 * self.gap + 1, capability, execute).conv_block(sources, block, time, residual)
+        if name in self.times:  # with the tiles that are chosen now
+            self.times[name][TWO_PASS] += sum(map(self.measure, launches))
+        return result
 
     def convolve(self, sources: tuple[Activation, ...], convolution: Convolution, form: Form) -> Tensor | Activation:
         self.time_convolution(sources, convolution, form)
@@ -80,7 +91,8 @@ def measure(launch: Launch) -> float:
 
 def fastest(times: Times) -> dict[str, str]:
     """The quickest tile of every class of shapes, as the table spells it."""
-    return {name: " ".join(map(str, min(tiles, key=tiles.__getitem__))) for name, tiles in sorted(times.items())}
+    best = {name: min(tiles, key=tiles.__getitem__) for name, tiles in sorted(times.items())}
+    return {name: tile if tile == TWO_PASS else " ".join(map(str, tile)) for name, tile in best.items()}
 
 
 def save(choices: dict[str, str], name: str, path: Path) -> None:

@@ -23,7 +23,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from dydiff.kernels import launch, unet_triton  # noqa: E402
+from dydiff.kernels import fused_block, launch, unet_triton  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "profiling"))
 import tune_kernels  # noqa: E402
@@ -179,10 +179,15 @@ def test_measured_choices_are_used(tmp_path, monkeypatch):
 
 
 def test_tuner_writes_what_was_fastest(tmp_path, monkeypatch):
-    """With a stopwatch that likes tiles of few rows; the launches have no storage and are not run."""
+    """With a stopwatch that likes tiles of few rows, and no blocks of 50 positions; the launches have no storage."""
+
+    def stopwatch(one: launch.Launch) -> float:
+        slow = one.kernel.__name__ == "block_kernel" and one.arguments["length"] == 50
+        return 1e3 if slow else one.arguments.get("ROWS", 1)
+
     with torch.device("meta"):
         unet, x, label = UNet(14, 100), torch.empty(2048, 100, 14), torch.empty(1)
-    blocks = tune_kernels.TimedBlocks(lambda one: one.arguments["ROWS"], capability=90, execute=lambda one: None)
+    blocks = tune_kernels.TimedBlocks(stopwatch, capability=90, execute=lambda one: None)
     fused = FusedUNet(unet, blocks)
     fused(x, fused.time_table(label)[0])
     table = tmp_path / "table.json"
@@ -192,3 +197,5 @@ def test_tuner_writes_what_was_fastest(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "TABLE", table)
     assert launch.choose("conv", 90, 2048 * 25, 1024, 25).rows == 64
     assert launch.choose("conv", 80, 2048 * 100, 14, 100).columns == 32
+    assert launch.choose("block", 90, 2048 * 50, 512, 50, lambda tile: fused_block.worth(tile, 50, 512)) is None
+    assert launch.choose("block", 90, 2048 * 25, 1024, 25, lambda tile: fused_block.worth(tile, 25, 1024)).rows == 64
