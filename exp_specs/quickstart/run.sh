@@ -19,7 +19,7 @@ step "Train the diffusion model; beside it the dynamics ensemble and the reward 
 one_step=$!
 # So short a training cannot wait 10 million windows for its full step size, as --ramp does by default.
 python train.py -m "$dataset" --outdir "$run" --max_length_of_trajectory 64 --dim 32 --dim_mults 1,4 \
-    --batch 16 --duration 0.24 --tick 2 --lr 0.002 --ramp 0.01 --device auto
+    --batch 16 --duration 0.13 --tick 2 --lr 0.002 --ramp 0.01 --device auto
 wait "$one_step" || { cat "$run/one-step.log" >&2; exit 1; }
 
 step "Train TD3+BC, with DyDiff and without"
