@@ -7,12 +7,14 @@ policy does in the simulator from the same starts. What such a training earns is
 settings: where it is no better than the base algorithm, the rollouts' errors are not what is missing. `--true-reward` also replaces
 the reward model, in the filter and in the transitions. To see what else costs returns, vary one thing at a time: `--set` changes
 any setting (`rl_trainer_params.keep_condition.threshold=1` keeps every rollout), and `--clone-real` lets TD3+BC clone the data's
-actions alone, not the policy's own earlier ones. A run may have been stopped before its first evaluation.
+actions alone, not the policy's own earlier ones. One run's settings serve any number of `--seeds`; it may have been stopped before
+its first evaluation.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from harness import parse_integers
 from machine import describe_machine
 from torch import Tensor
 
@@ -83,9 +86,11 @@ def clone_real_actions(agent: TD3BC, num_real: int) -> None:
 
 
 def train(
-    run: Path, true_reward: bool, clone_real: bool, changes: Sequence[str], say: Callable[[str], None]
+    run: Path, seed: int | None, true_reward: bool, clone_real: bool, changes: Sequence[str], say: Callable[[str], None]
 ) -> tuple[list[int], list[float]]:
     """Repeat a DyDiff run with the simulator's rollouts and changed settings; epochs and returns of its evaluations.
+
+    `seed` is None for the run's own.
 
     Raises:
         DydiffError: no run with rollouts is there, its data or models are gone, or `clone_real` is asked of another algorithm.
@@ -93,7 +98,7 @@ def train(
     settings = read_settings(run)
     if settings is None or "diff_model_params" not in settings.get("constants", {}):
         raise DydiffError(f"'{run}' is no run of a policy with DyDiff. Name run folders of one.")
-    override(settings["constants"], changes)
+    override(settings["constants"], [*changes, *([] if seed is None else [f"seed={seed}"])])
     constants = from_mapping(Constants, settings["constants"], f"{run / 'settings.yaml'}: constants")
     problem = load_problem(constants.dataset_name, constants.env_specs.env_name, constants.env_specs.backend)
     variant = Variant(settings["stage"], constants, {}, 0)
@@ -117,47 +122,51 @@ def train(
             if "evaluation/return" in complete:
                 epochs.append(epoch)
                 returns.append(complete["evaluation/return"])
-                say(f"{run.name}, epoch {epoch}: {returns[-1]:.1f}")
+                say(f"{run.name}, seed {constants.seed}, epoch {epoch}: {returns[-1]:.1f}")
     return epochs, returns
 
 
 def describe(name: str, curves: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """Mean and standard error over the runs of the last and of the best return."""
-    last, best = (np.array([choose(curve) for curve in curves]) for choose in (lambda curve: curve[-1], max))
-    return {"rollouts": name, "last": mean_with_error(last), "best": mean_with_error(best), "curves": list(map(list, curves))}
+    """Mean and standard error over the curves of the last return, of the mean of the last five, and of the best."""
+    figures = {"last": lambda curve: curve[-1], "late": lambda curve: np.mean(curve[-5:]), "best": max}
+    means = {name: mean_with_error(np.array([choose(curve) for curve in curves])) for name, choose in figures.items()}
+    return {"rollouts": name, **means, "curves": list(map(list, curves))}
 
 
-def show(figure: dict[str, float | None]) -> str:
-    return plus_minus(figure["mean"], figure["standard_error"], 1)
+def show(line: dict[str, Any]) -> list[str]:
+    figures = (line[which] for which in ("last", "late", "best"))
+    return [line["rollouts"], *(plus_minus(figure["mean"], figure["standard_error"], 1) for figure in figures)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     description, _, details = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(description=description, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders of policies trained with DyDiff")
+    parser.add_argument("--seeds", type=parse_integers, default=[None], metavar="N,N", help="instead of each run's own seed")
     parser.add_argument("--true-reward", action="store_true", help="take rewards from the simulator too")
     parser.add_argument("--clone-real", action="store_true", help="TD3+BC: clone the data's actions alone")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting of the runs; repeatable")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers, anew after every training")
     options = parser.parse_args(arguments)
-    try:
-        say = partial(print, flush=True)
-        trained = [train(run, options.true_reward, options.clone_real, options.set, say) for run in options.runs]
-    except DydiffError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     recorded = [[line["evaluation/return"] for line in read_log(run) if "evaluation/return" in line] for run in options.runs]
     name = ", ".join(
         ["simulator", *["with its rewards"] * options.true_reward, *["data's actions cloned"] * options.clone_real, *options.set]
     )
     lines = [describe("as recorded", recorded)] if all(recorded) else []
-    lines.append(describe(name, [returns for _, returns in trained]))
-    rows = [[line["rollouts"], *(show(line[which]) for which in ("last", "best"))] for line in lines]
-    print(format_table([["rollouts", "last return", "best return"], *rows]))
-    if options.json:
-        about = {"runs": [run.name for run in options.runs], "epochs": trained[0][0], "machine": describe_machine("cpu")}
-        text = json.dumps(about | {"lines": lines}, indent=1) + "\n"
-        write_atomically(options.json, lambda path: path.write_text(text))
+    about = {"runs": [run.name for run in options.runs], "seeds": options.seeds, "machine": describe_machine("cpu")}
+    curves = []
+    for run, seed in itertools.product(options.runs, options.seeds):
+        try:
+            epochs, returns = train(run, seed, options.true_reward, options.clone_real, options.set, partial(print, flush=True))
+        except DydiffError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        curves.append(returns)
+        if options.json:
+            text = json.dumps(about | {"epochs": epochs, "lines": [*lines, describe(name, curves)]}, indent=1) + "\n"
+            write_atomically(options.json, lambda path, text=text: path.write_text(text))
+    rows = map(show, [*lines, describe(name, curves)])
+    print(format_table([["rollouts", "last return", "mean of the last five", "best return"], *rows]))
     return 0
 
 

@@ -86,6 +86,9 @@ def test_commands(hopper, tmp_path, capsys):
         assert len(recorded["curves"][0]) == len(simulated["curves"][0]) >= 1
         assert simulated["last"]["mean"] == simulated["curves"][0][-1]
     assert simulated["rollouts"] == "simulator, data's actions cloned, rl_trainer_params.keep_condition.threshold=1"
+    assert perfect_dynamics.main([str(policy), f"--json={file}", "--seeds=3,4"]) == 0
+    _, simulated = json.loads(file.read_text())["lines"]
+    assert len(simulated["curves"]) == 2 and simulated["curves"][0] != simulated["curves"][1]
     assert perfect_dynamics.main([str(policy), "--set=rl_trainer_params.num_epoch=1"]) == 1
     assert "did you mean 'num_epochs'" in capsys.readouterr().err
     assert perfect_dynamics.main([str(runs / "nothing")]) == 1
