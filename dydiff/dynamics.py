@@ -34,7 +34,7 @@ class DynamicsEnsemble(nn.Module):
         hidden_dims: Sequence[int] = (200, 200, 200, 200),
         num_nets: int = 7,
         num_elites: int = 5,
-        activation: str = "silu",
+        activation: Callable[[Tensor], Tensor] = F.silu,
         weight_decay: Sequence[float] = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4),
         max_log_var: float = 0.5,
         min_log_var: float = -10.0,

@@ -21,11 +21,10 @@ class RewardModel(nn.Module):
         observation_dim: int,
         action_dim: int,
         hidden_dims: Sequence[int] = (256, 256),
-        activation: str = "relu",
         generator: torch.Generator | None = None,
     ):
         super().__init__()
-        self.network = MLP(observation_dim + action_dim, hidden_dims, 1, activation, generator)
+        self.network = MLP(observation_dim + action_dim, hidden_dims, 1, generator=generator)
 
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
         """Reward `[...]` of observations `[..., O]` and actions `[..., A]`."""

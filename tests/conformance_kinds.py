@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from conformance_case import (
     FIELDS,
     Case,
@@ -111,8 +112,9 @@ def run_rollout(case: Case, backend: str) -> dict[str, Pair]:
 
 
 def run_dynamics(case: Case, backend: str) -> dict[str, Pair]:
-    bounds = {key: case.meta[key] for key in ("activation", "max_log_var", "min_log_var")}
-    model = read_dynamics(case, case.meta, "w/", bounds)
+    settings = {key: case.meta[key] for key in ("max_log_var", "min_log_var")}
+    settings["activation"] = getattr(F, case.meta["activation"])
+    model = read_dynamics(case, case.meta, "w/", settings)
     observation, action = case["observation"], case["action"]
     change = case["next_observation"] - observation
     mean, log_var = model(observation, action)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dydiff.errors import DydiffError
 from dydiff.networks.embedding import sinusoidal_embedding
-from dydiff.networks.mlp import MLP
+from dydiff.networks.mlp import MLP, mish
 
 EMBEDDING_DIM = 16
 
@@ -59,9 +59,9 @@ class DiffusionActor(nn.Module):
     ):
         super().__init__()
         self.n_timesteps = n_timesteps
-        self.step_embedding = MLP(EMBEDDING_DIM, [2 * EMBEDDING_DIM], EMBEDDING_DIM, "mish", generator)
+        self.step_embedding = MLP(EMBEDDING_DIM, [2 * EMBEDDING_DIM], EMBEDDING_DIM, mish, generator)
         input_dim = action_dim + EMBEDDING_DIM + observation_dim
-        self.network = MLP(input_dim, [hidden_dim] * 3, action_dim, "mish", generator)
+        self.network = MLP(input_dim, [hidden_dim] * 3, action_dim, mish, generator)
 
         # In float32 from here on: with small betas the cancellation in 1 - signal is visible in the actions, and the
         # published code, whose numbers decide, has it too.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-
-from dydiff.networks.mlp import find_activation
 
 # Up to so many inputs a sum that the compiler writes out and fuses with bias and activation takes less time than a matrix product.
 FEW_INPUTS = 24
@@ -30,7 +29,7 @@ class EnsembleLayer(nn.Module):
 class EnsembleMLP(nn.Module):
     """`num_members` MLPs of one shape with names `layers.i.weight [E, in, out]` and `layers.i.bias [E, 1, out]`.
 
-    Initialised like `MLP`. Raises DydiffError for an unknown activation.
+    Initialised like `MLP`.
     """
 
     def __init__(
@@ -39,12 +38,12 @@ class EnsembleMLP(nn.Module):
         input_dim: int,
         hidden_dims: Sequence[int],
         output_dim: int,
-        activation: str = "relu",
+        activation: Callable[[Tensor], Tensor] = F.relu,
         generator: torch.Generator | None = None,
     ):
         super().__init__()
         self.num_members = num_members
-        self.activation = find_activation(activation)
+        self.activation = activation
         dims = [input_dim, *hidden_dims, output_dim]
         self.layers = nn.ModuleList(
             EnsembleLayer(num_members, fan_in, fan_out, generator) for fan_in, fan_out in zip(dims[:-1], dims[1:], strict=True)

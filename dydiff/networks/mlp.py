@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-
-from dydiff.errors import DydiffError
 
 # Up to so many outputs a sum that the compiler writes out and fuses with its neighbours takes half the time of a matrix product.
 FEW_OUTPUTS = 16
@@ -25,29 +22,11 @@ def mish(x: Tensor) -> Tensor:
     return x * q / (2 - q)
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "silu": F.silu,
-    "mish": mish,
-    "gelu": F.gelu,
-    "tanh": torch.tanh,
-}
-
-
-def find_activation(name: str) -> Callable[[Tensor], Tensor]:
-    """The elementwise function called `name`; DydiffError with the nearest name when there is none."""
-    if name not in ACTIVATIONS:
-        near = difflib.get_close_matches(name, ACTIVATIONS, n=1, cutoff=0.0)[0]
-        raise DydiffError(f"Unknown activation '{name}': did you mean '{near}'? Valid names: {', '.join(ACTIVATIONS)}.")
-    return ACTIVATIONS[name]
-
-
 class MLP(nn.Module):
     """Linear layers with an activation between them: `[..., input_dim]` -> `[..., output_dim]`.
 
     Parameters are called `layers.i.weight [out, in]` and `layers.i.bias [out]`. Both start uniform in ±1/sqrt(fan-in)
-    and are drawn from `generator` (a CPU generator; None takes torch's global one). Raises DydiffError for an unknown
-    activation.
+    and are drawn from `generator` (a CPU generator; None takes torch's global one).
 
     Where the weights are stacked over S seeds (`dydiff.agents.stack`), it maps `[S, ..., input_dim]` or, shared by all seeds,
     `[B, input_dim]` to `[S, ..., output_dim]`.
@@ -58,11 +37,11 @@ class MLP(nn.Module):
         input_dim: int,
         hidden_dims: Sequence[int],
         output_dim: int,
-        activation: str = "relu",
+        activation: Callable[[Tensor], Tensor] = F.relu,
         generator: torch.Generator | None = None,
     ):
         super().__init__()
-        self.activation = find_activation(activation)
+        self.activation = activation
         dims = [input_dim, *hidden_dims, output_dim]
         # skip_init: nn.Linear would draw weights from the global generator only to have them overwritten here.
         self.layers = nn.ModuleList(

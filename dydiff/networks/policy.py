@@ -27,11 +27,10 @@ class TanhGaussianPolicy(nn.Module):
         observation_dim: int,
         action_dim: int,
         hidden_dims: Sequence[int] = (256, 256),
-        activation: str = "relu",
         generator: torch.Generator | None = None,
     ):
         super().__init__()
-        self.network = MLP(observation_dim, hidden_dims, 2 * action_dim, activation, generator)
+        self.network = MLP(observation_dim, hidden_dims, 2 * action_dim, generator=generator)
 
     def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-std of the Gaussian under the tanh, `[..., A]` each."""
