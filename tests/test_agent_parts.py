@@ -32,7 +32,7 @@ def test_ensemble_member_equals_its_mlp():
     x = torch.randn(6, OBSERVATION_DIM + ACTION_DIM, generator=generator(6))
     torch.testing.assert_close(critics(x)[1], single(x))
     torch.testing.assert_close(critics(x, critics.gather(torch.tensor([1])))[0], single(x))
-    torch.testing.assert_close(critics.forward_member(1, x), single(x))
+    torch.testing.assert_close(critics(x, critics.gather(1)), single(x))
     assert_same(critics.member_state_dict(1), dict(single.state_dict()))
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dydiff.agents.updates import Adam, make_target, move_target
+from dydiff.agents.updates import Adam, make_target, move_target, restore_parts, store_parts
 from dydiff.data.transitions import Transitions
 from dydiff.networks.ensemble import EnsembleMLP
 from dydiff.networks.policy import TanhGaussianPolicy
@@ -154,25 +154,13 @@ class CQL:
 
     def state_dict(self) -> dict:
         """Networks, targets, temperature, optimizers and the step counter (references, not copies)."""
-        return {
-            "policy": self.policy.state_dict(),
-            "critics": self.critics.state_dict(),
-            "target_critics": self.target_critics.state_dict(),
-            "log_alpha": self.log_alpha.detach(),
-            "policy_optimizer": self.policy_optimizer.state_dict(),
-            "critic_optimizer": self.critic_optimizer.state_dict(),
-            "alpha_optimizer": self.alpha_optimizer.state_dict(),
-            "step": self.step,
-        }
+        return store_parts(self) | {"log_alpha": self.log_alpha.detach(), "step": self.step}
 
     def load_state_dict(self, tree: dict) -> None:
         """Continue where `state_dict` was taken."""
-        for name in ("policy", "critics", "target_critics"):
-            getattr(self, name).load_state_dict(tree[name])
+        restore_parts(self, tree)
         with torch.no_grad():
             self.log_alpha.copy_(tree["log_alpha"])
-        for name in ("policy_optimizer", "critic_optimizer", "alpha_optimizer"):
-            getattr(self, name).load_state_dict(tree[name])
         self.step = tree["step"]
 
 

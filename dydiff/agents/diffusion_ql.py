@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dydiff.agents.diffusion_actor import DiffusionActor
-from dydiff.agents.updates import Adam, make_target, move_target
+from dydiff.agents.updates import Adam, make_target, move_target, restore_parts, store_parts
 from dydiff.data.transitions import Transitions
 from dydiff.errors import DydiffError
 from dydiff.networks.ensemble import EnsembleMLP
@@ -188,23 +188,11 @@ class DiffusionQL:
 
     def state_dict(self) -> dict:
         """Networks, targets, optimizers and counters (references, not copies)."""
-        return {
-            "actor": self.actor.state_dict(),
-            "critics": self.critics.state_dict(),
-            "ema_actor": self.ema_actor.state_dict(),
-            "target_critics": self.target_critics.state_dict(),
-            "actor_optimizer": self.actor_optimizer.state_dict(),
-            "critic_optimizer": self.critic_optimizer.state_dict(),
-            "step": self.step,
-            "epoch": self.epoch,
-        }
+        return store_parts(self) | {"step": self.step, "epoch": self.epoch}
 
     def load_state_dict(self, tree: dict) -> None:
         """Continue where `state_dict` was taken."""
-        for name in ("actor", "critics", "ema_actor", "target_critics"):
-            getattr(self, name).load_state_dict(tree[name])
-        self.actor_optimizer.load_state_dict(tree["actor_optimizer"])
-        self.critic_optimizer.load_state_dict(tree["critic_optimizer"])
+        restore_parts(self, tree)
         self.step = tree["step"]
         self.epoch = tree["epoch"]
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dydiff.agents.updates import Adam, make_target, move_target
+from dydiff.agents.updates import Adam, make_target, move_target, restore_parts, store_parts
 from dydiff.data.transitions import Transitions
 from dydiff.networks.ensemble import EnsembleMLP
 from dydiff.networks.policy import TanhGaussianPolicy
@@ -83,7 +83,7 @@ class TD3BC:
     def policy_loss(self, batch: Transitions, noise: TD3BCNoise) -> tuple[Tensor, Tensor]:
         """`-lambda mean Q1 + 0.5 mean((pi(o) - a)^2)` with lambda = alpha / mean|Q1|, and the cloning term alone."""
         action = self.policy.sample(batch.observation, noise.policy_action)
-        value = self.critics.forward_member(0, torch.cat([batch.observation, action], dim=-1)).squeeze(-1)
+        value = self.critics(torch.cat([batch.observation, action], dim=-1), self.critics.gather(0)).squeeze(-1)
         cloning = 0.5 * (action - batch.action).square().mean(dim=(-2, -1))
         return cloning - self.alpha * value.mean(dim=-1) / value.detach().abs().mean(dim=-1), cloning
 
@@ -116,20 +116,9 @@ class TD3BC:
 
     def state_dict(self) -> dict:
         """Networks, targets, optimizers and the step counter (references, not copies)."""
-        return {
-            "policy": self.policy.state_dict(),
-            "critics": self.critics.state_dict(),
-            "target_policy": self.target_policy.state_dict(),
-            "target_critics": self.target_critics.state_dict(),
-            "policy_optimizer": self.policy_optimizer.state_dict(),
-            "critic_optimizer": self.critic_optimizer.state_dict(),
-            "step": self.step,
-        }
+        return store_parts(self) | {"step": self.step}
 
     def load_state_dict(self, tree: dict) -> None:
         """Continue where `state_dict` was taken."""
-        for name in ("policy", "critics", "target_policy", "target_critics"):
-            getattr(self, name).load_state_dict(tree[name])
-        self.policy_optimizer.load_state_dict(tree["policy_optimizer"])
-        self.critic_optimizer.load_state_dict(tree["critic_optimizer"])
+        restore_parts(self, tree)
         self.step = tree["step"]

@@ -91,3 +91,18 @@ class Adam:
             pairs = [(mine, tree[name])] if isinstance(mine, Tensor) else zip(mine, tree[name], strict=True)
             for tensor, loaded in pairs:
                 tensor.copy_(loaded)
+
+
+def store_parts(agent: object) -> dict:
+    """The states of an agent's networks and optimizers by the names of its attributes (references, not copies)."""
+    return {name: part.state_dict() for name, part in _parts(agent)}
+
+
+def restore_parts(agent: object, tree: dict) -> None:
+    """The inverse of `store_parts`: an agent's networks and optimizers take the states, and keep their storage."""
+    for name, part in _parts(agent):
+        part.load_state_dict(tree[name])
+
+
+def _parts(agent: object) -> list[tuple[str, nn.Module | Adam]]:
+    return [(name, part) for name, part in vars(agent).items() if isinstance(part, nn.Module | Adam)]

@@ -50,10 +50,10 @@ class EnsembleMLP(nn.Module):
         )
 
     def forward(self, x: Tensor, weights: Sequence[tuple[Tensor, Tensor]] | None = None) -> Tensor:
-        """Evaluate every member, or the `K` that `gather` took the `weights` of.
+        """Evaluate every member, or the `K` or the one that `gather` took the `weights` of.
 
-        Shapes: `x [B, in]` shared by all, or `[E or K, B, in]` -> `[E or K, B, out]`; where the weights are stacked over seeds
-        (`dydiff.agents.stack`), everything has that dimension in front.
+        Shapes: `x [B, in]` shared by all, or `[E or K, B, in]` -> `[E or K, B, out]`, and `[B, in]` -> `[B, out]` for one; where
+        the weights are stacked over seeds (`dydiff.agents.stack`), everything has that dimension in front.
         """
         *hidden, last = weights or [(layer.weight, layer.bias) for layer in self.layers]
         if x.dim() < last[0].dim():
@@ -62,16 +62,9 @@ class EnsembleMLP(nn.Module):
             x = self.activation(_apply_linear(x, weight, bias))
         return _apply_linear(x, *last)
 
-    def gather(self, members: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Copies of the weights and biases of the `K` members whose indices `members [K]` (long, on the device) holds."""
-        return [(layer.weight[members], layer.bias[members]) for layer in self.layers]
-
-    def forward_member(self, member: int, x: Tensor) -> Tensor:
-        """Evaluate one member alone: `[B, in]` -> `[B, out]`, behind the dimension of seeds if there is one."""
-        *hidden, last = [(layer.weight.select(-3, member), layer.bias.select(-3, member)) for layer in self.layers]
-        for weight, bias in hidden:
-            x = self.activation(_apply_linear(x, weight, bias))
-        return _apply_linear(x, *last)
+    def gather(self, members: Tensor | int) -> list[tuple[Tensor, Tensor]]:
+        """Weights and biases of one member, as views, or copies of those of the `K` in `members [K]` (long, on the device)."""
+        return [(layer.weight[..., members, :, :], layer.bias[..., members, :, :]) for layer in self.layers]
 
     def member_state_dict(self, member: int) -> dict[str, Tensor]:
         """One member under the names and shapes of an equal `MLP` (weights `[out, in]`): copies, detached."""
