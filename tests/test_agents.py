@@ -24,7 +24,6 @@ VARIANTS = {
     "diffusion_ql-max_q_backup": ("diffusion_ql", {"max_q_backup": True, "beta_schedule": "cosine", "grad_norm": 0.0}),
     "diffusion_ql-lr_decay": ("diffusion_ql", {"lr_decay": True, "num_epochs": 4, "beta_schedule": "linear"}),
     "cql": ("cql", {"num_random": 3}),
-    "cql-fixed_alpha": ("cql", {"num_random": 3, "auto_entropy": False, "alpha": 0.1, "entropy_backup": True}),
 }
 every_agent = pytest.mark.parametrize("variant", VARIANTS)
 

@@ -31,7 +31,6 @@ OPTIONS = {
     "diffusion_ql": ("diffusion_ql", {"ema_start": 2, "ema_every": 2}),
     "diffusion_ql-max_q_backup": ("diffusion_ql", {"max_q_backup": True, "lr_decay": True, "num_epochs": 4}),
     "cql": ("cql", {}),
-    "cql-fixed_alpha": ("cql", {"auto_entropy": False, "alpha": 0.1, "entropy_backup": True}),
 }
 CASES = [(name, "eager") for name in OPTIONS]
 # Compiling takes long, and finds nothing in the other agents that it does not find in this one and in each agent alone.

@@ -28,8 +28,8 @@ class CQLNoise(NamedTuple):
 class CQL:
     """Twin soft critics with a conservative term, `min_q_weight (log-integral exp Q - Q(data))`; in policy space.
 
-    `alpha` is the entropy temperature: its start when `auto_entropy` tunes it towards an entropy of -A, else its value.
-    `entropy_backup` adds the entropy to the critics' target (off, as in the paper's D4RL runs).
+    The entropy temperature alpha starts at 1 and is tuned towards an entropy of -A; the critics' target holds no entropy, as in
+    the paper's D4RL runs.
     """
 
     def __init__(
@@ -41,9 +41,6 @@ class CQL:
         tau: float = 0.005,
         policy_lr: float = 1e-4,
         qf_lr: float = 3e-4,
-        alpha: float = 1.0,
-        auto_entropy: bool = True,
-        entropy_backup: bool = False,
         min_q_weight: float = 5.0,
         num_random: int = 10,
         device: torch.device | str = "cpu",
@@ -52,8 +49,6 @@ class CQL:
         self.action_dim = action_dim
         self.discount = discount
         self.tau = tau
-        self.auto_entropy = auto_entropy
-        self.entropy_backup = entropy_backup
         self.min_q_weight = min_q_weight
         self.num_random = num_random
         self.target_entropy = -float(action_dim)
@@ -61,7 +56,7 @@ class CQL:
         self.policy = TanhGaussianPolicy(observation_dim, action_dim, hidden_dims, generator=generator).to(self.device)
         self.critics = EnsembleMLP(2, observation_dim + action_dim, hidden_dims, 1, generator=generator).to(self.device)
         self.target_critics = make_target(self.critics)
-        self.log_alpha = torch.tensor(math.log(alpha), device=self.device, requires_grad=True)
+        self.log_alpha = torch.zeros((), device=self.device, requires_grad=True)
         self.policy_optimizer = Adam(self.policy.parameters(), policy_lr)
         self.critic_optimizer = Adam(self.critics.parameters(), qf_lr)
         self.alpha_optimizer = Adam([self.log_alpha], policy_lr)
@@ -89,10 +84,8 @@ class CQL:
     def critic_loss(self, batch: Transitions, noise: CQLNoise) -> tuple[Tensor, Tensor, Tensor]:
         """Loss of each critic `[2]`, its conservative part before the weight `[2]`, and the values `[2, B]`."""
         with torch.no_grad():
-            next_action, next_log_prob = self.policy.sample_with_log_prob(batch.next_observation, noise.next_action)
+            next_action = self.policy.sample(batch.next_observation, noise.next_action)
             next_value = _evaluate(self.target_critics, batch.next_observation, next_action).amin(dim=-2)
-            if self.entropy_backup:
-                next_value = next_value - self.log_alpha.exp().unsqueeze(-1) * next_log_prob
             target = batch.reward + self.discount * (1 - batch.terminal) * next_value
         value = _evaluate(self.critics, batch.observation, batch.action)
         conservative = self._soft_maximum(batch, noise).mean(dim=-1) - value.mean(dim=-1)
@@ -130,9 +123,7 @@ class CQL:
         self.critic_optimizer.descend(critic_loss)
         policy_loss, log_prob = self.policy_loss(batch, noise)
         self.policy_optimizer.descend(policy_loss)
-        if self.auto_entropy:
-            alpha_loss = -self.log_alpha * (log_prob.detach().mean(dim=-1) + self.target_entropy)
-            self.alpha_optimizer.descend(alpha_loss)
+        self.alpha_optimizer.descend(-self.log_alpha * (log_prob.detach().mean(dim=-1) + self.target_entropy))
         move_target(self.target_critics, self.critics, self.tau)
         return {
             "critic_loss": critic_loss.detach().sum(dim=-1),
