@@ -107,6 +107,19 @@ def write_atomically(path: Path, write) -> None:
             temporary.unlink()
 
 
+def make_folder(path: Path) -> Path:
+    """Make a folder, unless it is there, before the work whose results belong into it.
+
+    Raises:
+        DydiffError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DydiffError(f"Cannot make the folder '{path}': {error.strerror}. Choose another --outdir.") from error
+    return path
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ from dydiff.deviation import TRUE_STATES, Comparison
 from dydiff.diffusion.sampler import sample_edm
 from dydiff.environments import EnvironmentSpec
 from dydiff.errors import DydiffError
-from dydiff.models import DiffusionModel, Policy
+from dydiff.models import DiffusionModel
+from dydiff.policy_runs import Subject
 from dydiff.problem import Problem
 from dydiff.rollout import RolloutEngine, Trajectory
 from dydiff.simulate import SimulatedTrajectories, roll_out_simulator, state_from_observation
@@ -82,10 +84,11 @@ def draw_cases(problem: Problem, horizon: int, count: int, seed: int) -> Cases:
 def engine_model(engine: RolloutEngine, iterations: int, seed: int) -> Model:
     """Rollouts of an engine; with 0 iterations, of its single-step model."""
     engine = copy.copy(engine)
+    engine.capture = False  # of a policy that is rolled out once, nothing is replayed
 
     def model(policy: rollout.Policy, start: Tensor) -> Trajectory:
-        if isinstance(policy, RecordedActions):  # they belong to all starts in their order, and to the steps in theirs
-            engine.capture, engine.chunk_size = False, len(start)
+        if isinstance(policy, RecordedActions):  # they belong to all starts in their order
+            engine.chunk_size = len(start)
         generator = torch.Generator(start.device).manual_seed(seed)
         return engine.roll_out(policy, start, generator, iterations=iterations)
 
@@ -166,12 +169,21 @@ def compare_models(
     return Comparison(truth, modelled, known)
 
 
-def compare_rollouts(rollouts: Rollouts, policy: Policy, problem: Problem, starts: int, seed: int) -> Comparison:
-    """Roll the policy out from `starts` random states of the data: in the simulator, single-step, and as the method does."""
-    engine, generator = rollouts.engine, torch.Generator(problem.spaces.device).manual_seed(seed)
-    models = {SINGLE_STEP: engine_model(engine, 0, seed), DYDIFF: engine_model(engine, engine.iterations, seed)}
+def compare_rollouts(engines: dict[str, RolloutEngine], subject: Subject, starts: int, seed: int) -> Comparison:
+    """Roll a run's policy out from `starts` random states of the data: in the simulator, single-step, and by every engine.
+
+    A policy that samples draws the same in all of them.
+    """
+    problem, rollouts, agent = subject.problem, subject.rollouts, subject.policy.agent
+
+    def policy() -> rollout.Policy:
+        return partial(agent.act, generator=torch.Generator(problem.spaces.device).manual_seed(seed))
+
+    models = {SINGLE_STEP: engine_model(rollouts.engine, 0, seed)}
+    models |= {name: engine_model(engine, engine.iterations, seed) for name, engine in engines.items()}
+    models = {name: lambda _, start, model=model: model(policy(), start) for name, model in models.items()}
     start = problem.transitions.observation[draw_starts(problem, starts, seed)]
-    return compare_models(models, rollouts, problem, start, lambda observation: policy.agent.act(observation, generator))
+    return compare_models(models, rollouts, problem, start, policy())
 
 
 def _tells_state(spec: EnvironmentSpec, observation: np.ndarray) -> np.ndarray:

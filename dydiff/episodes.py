@@ -6,7 +6,6 @@ are kept in their order.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import multiprocessing
@@ -26,7 +25,7 @@ from tqdm import tqdm
 from dydiff.behaviour import BehaviourPolicy
 from dydiff.environments import EnvironmentSpec
 from dydiff.errors import DydiffError
-from dydiff.simulate import SimulatorBatch
+from dydiff.simulate import shared_simulators
 
 MAX_SIMULATORS = 16  # stepped in turn within a process, so that the policy is called once for all
 MAX_EPISODES = 32  # in one piece of work
@@ -93,7 +92,7 @@ def _join(pieces: Sequence[Rows]) -> Rows:
 def record_episodes(work: Work) -> Rows:
     """Run some episodes to their ends; returns their rows, episode after episode."""
     spec, policy, waiting = work.spec, work.policy, deque(work.episodes)
-    simulators = _simulators(spec, min(MAX_SIMULATORS, len(waiting)))
+    simulators = shared_simulators(spec, min(MAX_SIMULATORS, len(waiting)))
     finished: dict[int, Rows] = {}
     noise = np.zeros((simulators.size, spec.max_episode_steps, spec.action_dim), np.float32)
     observation = np.zeros((simulators.size, spec.observation_dim), np.float32)
@@ -129,12 +128,6 @@ def record_episodes(work: Work) -> Rows:
                 if waiting:
                     begin(index)
     return _join([finished[episode] for episode in work.episodes])
-
-
-@functools.lru_cache(maxsize=1)
-def _simulators(spec: EnvironmentSpec, size: int) -> SimulatorBatch:
-    """Loading the models takes longer than a short episode does."""
-    return SimulatorBatch(spec, size)
 
 
 def _empty_rows(spec: EnvironmentSpec) -> Rows:

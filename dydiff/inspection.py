@@ -13,9 +13,9 @@ import numpy as np  # noqa: E402 - pyplot must come after the choice above
 from matplotlib import pyplot  # noqa: E402
 
 from dydiff.data import RawDataset, normalized_score  # noqa: E402
-from dydiff.data.dataset import REQUIRED  # noqa: E402
+from dydiff.data.windows import find_episodes  # noqa: E402
 from dydiff.errors import DydiffError  # noqa: E402
-from dydiff.validation import find_episodes  # noqa: E402
+from dydiff.validation import check_structure  # noqa: E402
 
 BINS = 12
 BAR = 40  # characters
@@ -42,15 +42,14 @@ class Inspection:
 def inspect(raw: RawDataset) -> Inspection:
     """Compute the figures of a dataset; raises DydiffError where rows do not belong together."""
     arrays = raw.arrays
-    lengths = {len(arrays[key]) if arrays[key].ndim else 0 for key in REQUIRED if key in arrays}
-    if len(lengths) != 1 or not all(key in arrays for key in REQUIRED) or arrays["observations"].ndim != 2:
+    if check_structure(arrays):
         raise DydiffError(
             f"Dataset {raw.name!r} is not in D4RL's schema; `dydiff data validate {raw.path or raw.name}` tells what is wrong."
         )
-    (count,) = lengths
+    count = len(arrays["observations"])
     terminals = arrays["terminals"].reshape(count) != 0
     timeouts = arrays["timeouts"].reshape(count) != 0 if "timeouts" in arrays else np.zeros(count, bool)
-    begins, episode_lengths = find_episodes(terminals, timeouts)
+    begins, episode_lengths = find_episodes(terminals | timeouts)
     rewards = arrays["rewards"].reshape(count).astype(np.float64)
     numeric = {key: values for key, values in arrays.items() if values.dtype.kind == "f" and len(values.shape)}
     return Inspection(

@@ -14,6 +14,7 @@ import yaml
 
 from dydiff.config import Constants, from_mapping
 from dydiff.data import Dataset, d4rl, load_dataset
+from dydiff.data.windows import find_episodes
 from dydiff.dynamics import DynamicsEnsemble
 from dydiff.environments import environment_name, environment_spec
 from dydiff.errors import DydiffError
@@ -23,7 +24,6 @@ from dydiff.problem import Problem, load_problem
 from dydiff.runs import list_runs, read_log, read_run, read_settings
 from dydiff.trainer import Rollouts
 from dydiff.uncertainty import bootstrap_interval, standard_error
-from dydiff.validation import find_episodes
 
 PARTS = ("rollout", "updates", "evaluation")  # of an epoch, as the log times them
 PLACES = ("dataset_name", "seed", "seeds", "load_path", "model_paths")  # settings that say what for and where, not how
@@ -142,6 +142,17 @@ class Subject:
     rollouts: Rollouts
     policy: Policy
 
+    def describe(self) -> dict[str, Any]:
+        """What a report on its rollouts says of them first."""
+        return {
+            "dataset": self.problem.dataset.name,
+            "environment": self.problem.environment,
+            "simulator": self.problem.simulator,
+            "policy": str(self.run.folder),
+            "horizon": self.rollouts.engine.horizon,
+            "iterations": self.rollouts.engine.iterations,
+        }
+
 
 def load_subject(root: Path, dataset_name: str, device: str) -> Subject:
     """The newest finished run on a dataset under `root` that rolled out, else the newest one, with its models.
@@ -218,8 +229,7 @@ def models_of(run: PolicyRun, problem: Problem, root: Path) -> dict[str, list[st
 
 def behaviour_return(dataset: Dataset, steps: int) -> float:
     """What the data's behaviour earns in an episode: the mean of its whole ones if some end early, else `steps` mean rewards."""
-    timeouts = np.zeros(len(dataset), bool) if dataset.timeouts is None else dataset.timeouts
-    begins, lengths = find_episodes(dataset.terminals, timeouts)
+    begins, lengths = find_episodes(dataset.terminals if dataset.timeouts is None else dataset.terminals | dataset.timeouts)
     if not dataset.terminals.any():
         return float(dataset.rewards.mean()) * steps  # timeouts may cut it elsewhere than evaluation does: in mazes
     return float(np.add.reduceat(dataset.rewards[: lengths.sum()].astype(np.float64), begins).mean())

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from dydiff import plots
-from dydiff.checkpoint import write_atomically
+from dydiff.checkpoint import make_folder, write_atomically
 from dydiff.comparison import DYDIFF, SINGLE_STEP, compare_rollouts
 from dydiff.deviation import is_maze
-from dydiff.errors import DydiffError
 from dydiff.policy_runs import behaviour_return, describe_models, group_runs, load_subject
 from dydiff.tables import format_table, plus_minus
 
@@ -25,8 +24,9 @@ def report(root: Path, dataset_name: str, starts: int, seed: int, device: str) -
             environment, or `root` cannot be written.
     """
     subject = load_subject(root, dataset_name, device)
+    folder = make_folder(root / "report")
     problem, engine, dataset = subject.problem, subject.rollouts.engine, subject.problem.dataset
-    comparison = compare_rollouts(subject.rollouts, subject.policy, problem, starts, seed)
+    comparison = compare_rollouts({DYDIFF: engine}, subject, starts, seed)
     measured = comparison.errors(comparison.deviations(problem.spec, problem.spaces))
     errors = {quantity: by_model for quantity, by_model in measured.items() if quantity in SHOWN}
     scores = [variant.summary(dataset) for variant in group_runs(subject.runs)]
@@ -34,11 +34,6 @@ def report(root: Path, dataset_name: str, starts: int, seed: int, device: str) -
     steps = problem.spec.max_episode_steps
     behaviour = behaviour_return(dataset, steps)
 
-    folder = root / "report"
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise DydiffError(f"Cannot write the report to '{folder}': {error.strerror}.") from error
     draw = plots.draw_maze_rollouts if is_maze(problem.spec) else plots.draw_columns
     picture = "maze_rollouts.png" if is_maze(problem.spec) else "rollouts.png"
     files = {name: folder / name for name in ("rollout_error.png", picture, "learning_curve.png", "report.json")}
@@ -47,15 +42,10 @@ def report(root: Path, dataset_name: str, starts: int, seed: int, device: str) -
     draw(problem.spec.name, comparison.simulated.observation, comparison.alive, modelled, files[picture])
     plots.draw_curves({"": scores}, behaviour, files["learning_curve.png"])
     record = {
-        "dataset": dataset.name,
+        **subject.describe(),
         "rows": len(dataset),
-        "environment": problem.environment,
-        "simulator": problem.simulator,
-        "policy": str(subject.run.folder),
         "starts": len(comparison.simulated.reward),
         "seed": seed,
-        "horizon": engine.horizon,
-        "iterations": engine.iterations,
         "models": describe_models(subject.models, dataset, engine.dynamics),
         "rollout_error": errors,
         "alive": comparison.alive.sum(axis=0).tolist(),

@@ -13,15 +13,13 @@ from typing import Any
 import numpy as np
 
 from dydiff import plots
-from dydiff.checkpoint import write_atomically
-from dydiff.comparison import DYDIFF, SINGLE_STEP, compare_rollouts
-from dydiff.deviation import Comparison
+from dydiff.checkpoint import make_folder, write_atomically
+from dydiff.comparison import SINGLE_STEP, compare_rollouts
 from dydiff.diffusion.fast_sampler import FastMode
 from dydiff.errors import DydiffError
 from dydiff.policy_runs import load_subject
-from dydiff.problem import Problem
+from dydiff.rollout import RolloutEngine
 from dydiff.tables import format_table, plus_minus
-from dydiff.trainer import Rollouts
 from dydiff.uncertainty import mean_with_error
 
 REFERENCE = "Heun 34"  # the method's own sampler: what the others are compared with
@@ -41,12 +39,12 @@ class Setting:
             return iterations * (2 * self.changes["num_steps"] - 1)
         return self.fast.first_evaluations + (iterations - 1) * self.fast.warm_evaluations
 
-    def apply(self, rollouts: Rollouts) -> Rollouts:
-        """The same rollouts, sampled this way."""
-        engine = copy.copy(rollouts.engine)
+    def apply(self, engine: RolloutEngine) -> RolloutEngine:
+        """The same engine, sampling this way."""
+        engine = copy.copy(engine)
         engine.fast = self.fast
         engine.sampler = {**engine.sampler, **self.changes}
-        return dataclasses.replace(rollouts, engine=engine)
+        return engine
 
 
 HEUN = (
@@ -78,45 +76,28 @@ def measure_quality(
             environment, or a run of fewer than two iterations.
     """
     subject = load_subject(root, dataset_name, device)
-    problem, engine = subject.problem, subject.rollouts.engine
+    engine = subject.rollouts.engine
     if engine.iterations < 2:
         raise DydiffError(f"Run '{subject.run.folder}' has sampler_kwargs.iterative_times {engine.iterations}: none starts warm.")
     settings = [*HEUN]
     for start, later, sigma in product(first, warm, sigmas):
         settings.append(Setting(f"fast {start} + {later} from {sigma:g}", {}, FastMode(start, sigma, later)))
-    lines: list[dict[str, Any]] = []
-    reference: dict[str, np.ndarray] = {}
-    for setting in settings:
-        comparison = compare_rollouts(setting.apply(subject.rollouts), subject.policy, problem, starts, seed)
-        if not lines:
-            lines.append(_describe("single-step", 0, _by_start(comparison, problem, SINGLE_STEP), None))
-        errors = _by_start(comparison, problem, DYDIFF)
-        reference = reference or errors
-        line = _describe(setting.name, setting.evaluations(engine.iterations), errors, reference)
-        lines.append(line | dataclasses.asdict(setting.fast) if setting.fast else line)
+    folder = make_folder(root / "sampler-quality")
+    comparison = compare_rollouts({setting.name: setting.apply(engine) for setting in settings}, subject, starts, seed)
+    deviations = comparison.averages(comparison.deviations(subject.problem.spec, subject.problem.spaces))
 
-    folder = root / "sampler-quality"
-    folder.mkdir(exist_ok=True)
-    record = {
-        "dataset": problem.dataset.name,
-        "environment": problem.environment,
-        "simulator": problem.simulator,
-        "policy": str(subject.run.folder),
-        "starts": len(comparison.simulated.reward),
-        "seed": seed,
-        "horizon": engine.horizon,
-        "iterations": engine.iterations,
-        "settings": lines,
-    }
+    def by_start(model: str) -> dict[str, np.ndarray]:
+        """A model's error at each start, averaged over the horizon: [B] by quantity."""
+        return {quantity: by_model[model] for quantity, by_model in deviations.items() if quantity in plots.LABELS}
+
+    lines = [_describe(SINGLE_STEP, 0, by_start(SINGLE_STEP), None)]
+    for setting in settings:
+        line = _describe(setting.name, setting.evaluations(engine.iterations), by_start(setting.name), by_start(REFERENCE))
+        lines.append(line | dataclasses.asdict(setting.fast) if setting.fast else line)
+    record = {**subject.describe(), "starts": len(comparison.simulated.reward), "seed": seed, "settings": lines}
     write_atomically(folder / "quality.json", lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
     plots.draw_sampler_quality(lines, folder / "quality.png")
     print(f"{_show(record)}\n\n{folder / 'quality.json'}\n{folder / 'quality.png'}")
-
-
-def _by_start(comparison: Comparison, problem: Problem, model: str) -> dict[str, np.ndarray]:
-    """A model's error at each start, averaged over the horizon: [B] by quantity."""
-    averages = comparison.averages(comparison.deviations(problem.spec, problem.spaces))
-    return {quantity: by_model[model] for quantity, by_model in averages.items() if quantity in plots.LABELS}
 
 
 def _describe(

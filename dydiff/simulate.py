@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -99,6 +100,12 @@ class SimulatorBatch:
         )
 
 
+@lru_cache(maxsize=1)
+def shared_simulators(spec: EnvironmentSpec, size: int) -> SimulatorBatch:
+    """The batch that this process used last, if it fits: loading the models takes longer than a short episode does."""
+    return SimulatorBatch(spec, size)
+
+
 def state_from_observation(spec: EnvironmentSpec, observation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the simulator states (qpos [B, nq], qvel [B, nv]) behind raw observations [B, O].
 
@@ -147,17 +154,17 @@ def roll_out_simulator(
         reward=np.empty((count, horizon), np.float32),
         terminal=np.empty((count, horizon), bool),
     )
-    with SimulatorBatch(spec, min(num_environments, count)) as simulators:
-        for first in range(0, count, num_environments):
-            block = range(count)[first : first + num_environments]
-            observation = np.stack([simulators.set_state(i, qpos[row], qvel[row]) for i, row in enumerate(block)])
-            for h in range(horizon):
-                result.observation[block, h] = observation
-                if act is None:
-                    action = actions[block, h]
-                else:
-                    action = simulators.choose(act, observation.astype(np.float32))
-                result.action[block, h] = action
-                for i, row in enumerate(block):
-                    observation[i], result.reward[row, h], result.terminal[row, h], _ = simulators.step(i, action[i])
+    simulators = shared_simulators(spec, min(num_environments, count))
+    for first in range(0, count, num_environments):
+        block = range(count)[first : first + num_environments]
+        observation = np.stack([simulators.set_state(i, qpos[row], qvel[row]) for i, row in enumerate(block)])
+        for h in range(horizon):
+            result.observation[block, h] = observation
+            if act is None:
+                action = actions[block, h]
+            else:
+                action = simulators.choose(act, observation.astype(np.float32))
+            result.action[block, h] = action
+            for i, row in enumerate(block):
+                observation[i], result.reward[row, h], result.terminal[row, h], _ = simulators.step(i, action[i])
     return result

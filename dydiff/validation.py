@@ -9,6 +9,7 @@ import torch
 
 from dydiff.data import RawDataset, d4rl
 from dydiff.data.dataset import OPTIONAL, REQUIRED
+from dydiff.data.windows import find_episodes
 from dydiff.environments import ENVIRONMENTS, MAZE2D
 from dydiff.terminal import terminal_function
 
@@ -33,13 +34,6 @@ class Finding:
             more = f", ... ({len(self.rows):,} rows)" if len(self.rows) > SHOWN_ROWS else ""
             where = f": row{'s' if len(self.rows) > 1 else ''} {shown}{more}"
         return f"{'defect' if self.is_defect else 'note  '}  {self.text}{where}"
-
-
-def find_episodes(terminals: np.ndarray, timeouts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first row and the number of rows of every episode that ends, [E] each, from flags [N]."""
-    ends = np.flatnonzero(terminals | timeouts) + 1
-    begins = np.concatenate([[0], ends[:-1]]).astype(np.int64)[: len(ends)]
-    return begins, ends - begins
 
 
 def find_problems(raw: RawDataset, environment: str | None) -> list[Finding]:
@@ -119,7 +113,7 @@ def _check_episodes(arrays: dict[str, np.ndarray], environment: str | None) -> l
     both = np.flatnonzero(terminals & timeouts)
     if len(both):
         findings.append(Finding("terminals and timeouts mark the same row; such a row counts as a timeout", False, both))
-    begins, lengths = find_episodes(terminals, timeouts)
+    begins, lengths = find_episodes(terminals | timeouts)
     if len(lengths) == 0:
         findings.append(Finding("no episode ends: neither terminals nor timeouts mark a row", True))
         return findings

@@ -17,7 +17,7 @@ from dydiff.collect import collect
 from dydiff.data import RawDataset, load_dataset, read_dataset, write_dataset
 from dydiff.dynamics_check import check_dynamics, find_closest
 from dydiff.environments import environment_spec
-from dydiff.validation import find_episodes, find_problems
+from dydiff.validation import find_problems
 
 REPOSITORY = Path(__file__).parents[1]
 ROWS = 12
@@ -119,9 +119,21 @@ def test_inspect_without_an_end_of_an_episode(command, tmp_path):
     path = write_dataset(tmp_path / "open.hdf5", arrays, {})
     outcome = command("data", "inspect", path, "--picture", tmp_path / "a.png")
     assert outcome.status == 0 and "12 rows behind the last" in outcome.output
-    np.savez(tmp_path / "bad.npz", observations=np.zeros((3, 2)), actions=np.zeros((2, 2)), rewards=0, terminals=0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"actions": np.zeros((2, 2)), "rewards": np.array(0)},
+        {"timeouts": np.zeros(ROWS - 1)},
+        {"rewards": np.zeros((ROWS, 2))},
+        {"actions": np.full((ROWS, 3), b"x")},
+    ],
+)
+def test_inspect_refuses_rows_that_do_not_belong_together(command, tmp_path, change):
+    np.savez(tmp_path / "bad.npz", **{**make_arrays(), **change})
     outcome = command("data", "inspect", tmp_path / "bad.npz")
-    assert outcome.status == 1 and "data validate" in outcome.errors
+    assert outcome.status == 1 and outcome.errors.startswith("error: ") and "data validate" in outcome.errors
 
 
 def test_d4rl_names_have_scores(command, tmp_path, monkeypatch):
@@ -134,13 +146,6 @@ def test_d4rl_names_have_scores(command, tmp_path, monkeypatch):
 
 
 # validate
-
-
-def test_episodes():
-    begins, lengths = find_episodes(np.array([0, 0, 1, 0, 0, 0], bool), np.array([0, 0, 0, 0, 1, 0], bool))
-    assert begins.tolist() == [0, 3] and lengths.tolist() == [3, 2]
-    begins, lengths = find_episodes(np.zeros(3, bool), np.zeros(3, bool))
-    assert len(begins) == len(lengths) == 0
 
 
 def test_good_data_have_no_defects(command, dataset, hopper):

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dydiff.data import PADDING, Dataset, Limits, Windows, dataset_from_arrays
+from dydiff.data.windows import find_episodes
 from dydiff.errors import DydiffError
 
 
@@ -40,6 +41,13 @@ def cut_by_loop(dataset: Dataset, horizon: int, limit: int | None) -> list[np.nd
             windows += [np.array(episode[first : first + horizon]) for first in range(len(episode) - horizon + 1)]
         episode = []
     return windows
+
+
+def test_episodes():
+    begins, lengths = find_episodes(np.array([0, 0, 1, 0, 1, 0], bool))
+    assert begins.tolist() == [0, 3] and lengths.tolist() == [3, 2]
+    begins, lengths = find_episodes(np.zeros(3, bool))
+    assert len(begins) == len(lengths) == 0
 
 
 flags = st.integers(2, 50).flatmap(

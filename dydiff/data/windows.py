@@ -83,6 +83,13 @@ class Windows:
         )
 
 
+def find_episodes(marks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first row and the number of rows of every episode that ends, [E] int64 each; marks [N]: its last row."""
+    ends = np.flatnonzero(marks) + 1
+    begins = np.concatenate([[0], ends])[: len(ends)]
+    return begins, ends - begins
+
+
 def find_windows(dataset: Dataset, horizon: int, max_episode_steps: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Return the first row [W] and the number of data rows [W] (at most `horizon`) of every window, both int64.
 
@@ -94,15 +101,13 @@ def find_windows(dataset: Dataset, horizon: int, max_episode_steps: int | None =
         marks = marks | dataset.timeouts
     elif limit is not None:
         marks = marks | _find_time_limits(marks, limit)
-    ends = np.flatnonzero(marks) + 1  # [E] one behind the last row of each episode
-    if len(ends) == 0:
+    begins, lengths = find_episodes(marks)
+    if len(begins) == 0:
         raise DydiffError(
             f"Dataset {dataset.name!r} marks no end of an episode, by terminals or timeouts, in its {len(dataset)} "
             "rows: there is no whole episode to cut windows from. Store a timeouts array that marks the last row of "
             "every episode, or give max_episode_steps."
         )
-    begins = np.concatenate([[0], ends[:-1]])  # [E]
-    lengths = ends - begins  # [E]
     counts = np.maximum(lengths - horizon + 1, 1)  # [E] windows per episode
     first = np.cumsum(counts) - counts  # [E] number of the episode's first window
     within = np.arange(counts.sum()) - np.repeat(first, counts)  # [W]
