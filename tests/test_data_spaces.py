@@ -131,18 +131,6 @@ def test_buffers_do_not_share_memory_with_the_caller():
     assert limits.minimum.item() == 0.0
 
 
-def test_state_dict_restores_conversions():
-    spaces, transitions = make_spaces()
-    other = Spaces(Limits(np.zeros(6), np.ones(6)), ZScore(np.zeros(4), np.ones(4)), -np.ones(2), np.ones(2))
-    buffers = {name: buffer.data_ptr() for name, buffer in other.named_buffers()}
-    other.load_state_dict(spaces.state_dict())
-    observation, action = torch.tensor(transitions.observation), torch.tensor(transitions.action)
-    assert torch.equal(other.observation_policy_to_model(observation), spaces.observation_policy_to_model(observation))
-    assert torch.equal(other.observation_model_to_policy(observation), spaces.observation_model_to_policy(observation))
-    assert torch.equal(other.action_policy_to_model(action), spaces.action_policy_to_model(action))
-    assert {name: buffer.data_ptr() for name, buffer in other.named_buffers()} == buffers
-
-
 @pytest.mark.parametrize(
     ("make", "words"),
     [

@@ -36,12 +36,13 @@ class Limits(nn.Module):
             raise DydiffError("Limits need minimum <= maximum in every column, and no NaN.")
         self.register_buffer("minimum", minimum)
         self.register_buffer("maximum", maximum)
-        # Derived from the two above; in their own buffers so that a conversion costs a few operations per element.
-        self.register_buffer("scale", torch.empty_like(minimum), persistent=False)
-        self.register_buffer("offset", torch.empty_like(minimum), persistent=False)
-        self.register_buffer("half_range", torch.empty_like(minimum), persistent=False)
-        self._derive()
-        self.register_load_state_dict_post_hook(_derive_after_loading)
+        # Derived from the two above, once; in their own buffers so that a conversion costs a few operations per element.
+        width = maximum.double() - minimum.double()
+        scale = 2.0 / width
+        constant = scale > torch.finfo(torch.float32).max  # no width, or too little for float32 to invert
+        self.register_buffer("scale", torch.where(constant, 0.0, scale).float(), persistent=False)
+        self.register_buffer("offset", torch.where(constant, 0.0, -1.0).float(), persistent=False)
+        self.register_buffer("half_range", torch.where(constant, 0.0, 0.5 * width).float(), persistent=False)
 
     @classmethod
     def from_dataset(cls, dataset: Dataset, include_action: bool = True) -> Limits:
@@ -68,15 +69,6 @@ class Limits(nn.Module):
         """Clip model-space values [..., D] to [-1, 1] and scale them back to raw."""
         return torch.addcmul(self.minimum, model.clamp(-1.0, 1.0) + 1.0, self.half_range)
 
-    def _derive(self) -> None:
-        # In place: a captured CUDA graph keeps reading these very buffers.
-        width = self.maximum.double() - self.minimum.double()
-        scale = 2.0 / width
-        constant = scale > torch.finfo(torch.float32).max  # no width, or too little for float32 to invert
-        self.scale.copy_(torch.where(constant, 0.0, scale))
-        self.offset.copy_(torch.where(constant, 0.0, -1.0))
-        self.half_range.copy_(torch.where(constant, 0.0, 0.5 * width))
-
 
 class ZScore(nn.Module):
     """Standardise observations: `(o - mean) / (std + eps)`, and back with `o * std + mean` (eps: of float32).
@@ -95,9 +87,7 @@ class ZScore(nn.Module):
             raise DydiffError("A z-score needs std >= 0 in every column, and no NaN.")
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
-        self.register_buffer("inverse_std", torch.empty_like(std), persistent=False)
-        self._derive()
-        self.register_load_state_dict_post_hook(_derive_after_loading)
+        self.register_buffer("inverse_std", (1.0 / (std.double() + EPSILON)).float(), persistent=False)  # derived, once
 
     @classmethod
     def from_transitions(cls, transitions: Transitions) -> ZScore:
@@ -120,9 +110,6 @@ class ZScore(nn.Module):
     def unnormalize(self, policy: Tensor) -> Tensor:
         """Bring policy-space observations [..., O] back to raw."""
         return torch.addcmul(self.mean, policy, self.std)
-
-    def _derive(self) -> None:
-        self.inverse_std.copy_(1.0 / (self.std.double() + EPSILON))
 
 
 class Spaces(nn.Module):
@@ -227,7 +214,3 @@ class Spaces(nn.Module):
 def _to_buffer(values: Tensor | np.ndarray) -> Tensor:
     """Copy to float32: a buffer must not share memory with the caller's array."""
     return torch.as_tensor(values).detach().to(torch.float32).clone()
-
-
-def _derive_after_loading(module: Limits | ZScore, incompatible_keys: object) -> None:
-    module._derive()
