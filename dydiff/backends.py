@@ -23,7 +23,7 @@ from torch import Tensor
 from dydiff.capture import can_compile, compile_function
 from dydiff.device import has_fast_bf16
 from dydiff.diffusion.edm import Denoiser, FusedDenoiser
-from dydiff.errors import DydiffError
+from dydiff.errors import DydiffError, NotForNetwork
 from dydiff.kernels import edm
 from dydiff.kernels.unet_cpu import TAPS, CpuBlocks
 from dydiff.memory import is_out_of_memory
@@ -75,7 +75,7 @@ def prepare_denoiser(denoiser: Denoiser, backend: str, batch: int = LARGEST_TRIA
         return CompiledDenoiser(denoiser)
     if backend == "bf16":
         if device.type != "cpu" or not isinstance(denoiser.network, UNet):
-            raise DydiffError("Rollout backend 'bf16' is for UNet_RL on the CPU; use 'auto'.")
+            raise NotForNetwork("Rollout backend 'bf16' is for UNet_RL on the CPU; use 'auto'.")
         return FusedDenoiser(denoiser, CpuBlocks())
     if backend.startswith("triton"):
         return FusedDenoiser(denoiser, _make_triton_blocks(denoiser, backend, device))
@@ -89,7 +89,7 @@ def _make_triton_blocks(denoiser: Denoiser, backend: str, device: torch.device) 
     if reason:
         raise DydiffError(reason)
     if not isinstance(denoiser.network, UNet):
-        raise DydiffError(f"Rollout backend '{backend}' is for UNet_RL; use 'auto'.")
+        raise NotForNetwork(f"Rollout backend '{backend}' is for UNet_RL; use 'auto'.")
     make = unet_triton.FusedBlocks if backend == "triton-a" else unet_triton.TwoPassBlocks
     return make(torch.float16, kernel_size=denoiser.network.kernel_size)
 

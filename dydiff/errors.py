@@ -10,3 +10,7 @@ class DydiffError(Exception):
 
 class NotFinite(DydiffError):
     """A loss, a weight or a rollout holds a NaN or an infinity: training stops, and what was saved before it stays."""
+
+
+class NotForNetwork(DydiffError):
+    """A backend that this machine has cannot compute this network."""

@@ -24,7 +24,9 @@ def softmax_probability(score: Tensor, softmax_temp: float) -> Tensor:
     """
     score = score.double()
     if softmax_temp > 0:
-        scale = score.abs().max().clamp_min(1)  # keeps the deviation of the largest doubles finite
+        # Keeps the deviation of the largest doubles finite; a power of two, so that close scores stay exactly as far apart.
+        largest = score.abs().max().clamp_min(1)
+        scale = largest / (2 * torch.frexp(largest).mantissa)
         unit = score / scale
         logit = (unit - unit.mean()) / (unit.std(unbiased=False) + 1e-6 / scale) / softmax_temp
     else:

@@ -59,7 +59,8 @@ _FUNCTIONS: dict[str, TerminalFunction] = {
 def terminal_function(environment: str) -> TerminalFunction:
     """Return the function from raw next observations [..., O] to done flags [...] (bool, true = done).
 
-    Any name that `environment_name` accepts will do; raises DydiffError for an unknown one.
+    Any name that `environment_name` accepts will do, and any maze; raises DydiffError for an unknown one.
     """
-    name = environment_name(environment)
-    return _never if name.startswith(("maze2d-", "antmaze-")) else _FUNCTIONS[name]
+    if environment.lower().startswith(("maze2d", "antmaze")):
+        return _never
+    return _FUNCTIONS[environment_name(environment)]

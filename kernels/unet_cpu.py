@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dydiff.errors import DydiffError
+from dydiff.errors import DydiffError, NotForNetwork
 from dydiff.kernels import native
 from dydiff.kernels.matrix_cpu import ConstantMatrix
 from dydiff.kernels.native import why_unavailable
@@ -127,7 +127,7 @@ class CpuBlocks:
 def _transform_filter(weight: Tensor) -> Tensor:
     """G w: [C_out, C_in, 5] -> [10, C_in, C_out] float64, the points in the order of csrc/unet_cpu.cpp."""
     if weight.shape[2] != TAPS or weight.shape[0] % GROUPS:
-        raise DydiffError(
+        raise NotForNetwork(
             f"The bf16 backend computes convolutions of {TAPS} taps over a multiple of {GROUPS} channels, not {weight.shape[2]} "
             f"taps over {weight.shape[0]} channels. Use --set sampler_kwargs.backend=extension."
         )

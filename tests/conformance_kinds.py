@@ -184,9 +184,11 @@ def run_diffql(case: Case, mode: str) -> dict[str, Pair]:
     meta = case.meta
     names = ("discount", "tau", "eta", "lr", "grad_norm", "n_timesteps", "beta_schedule")
     settings = {name: meta[name] for name in names}
-    agent = DiffusionQL(meta["observation_dim"], meta["action_dim"], meta["hidden"], **settings, device=case.device)
+    weights = rename_actor(case.under("w0/policy/"))
+    widths = meta["hidden"], len(weights["network.layers.0.bias"])  # of the critics, of the actor
+    agent = DiffusionQL(meta["observation_dim"], meta["action_dim"], *widths, **settings, device=case.device)
     for actor in (agent.actor, agent.ema_actor):
-        actor.load_state_dict(rename_actor(case.under("w0/policy/")))
+        actor.load_state_dict(weights)
     load_critics(agent, case)
     batch = read_batch(case)
     numerator = torch.tensor([int(meta["numerator"] == "qf2")], device=case.device)

@@ -97,6 +97,7 @@ def test_importing_loads_no_simulator():
         ("inverted_pendulum", 4, {3: NAN}, True),
         ("maze2d-umaze", 4, {0: 1e9}, False),
         ("antmaze-large", 29, {0: -1.0}, False),
+        ("maze2d", 4, {0: NAN}, False),
         ("Hopper-v2", 11, {0: 0.5}, True),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -41,6 +42,16 @@ def test_probabilities_by_hand():
         weight = torch.exp(z / temperature) if temperature > 0 else torch.exp(score - mean)
         expected = weight / weight.sum() * (1 - 1e-6) + 1e-6 / 3
         torch.testing.assert_close(softmax_probability(score, temperature), expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(("centre", "spread"), [(1e6, 1e-6), (1e5, 1e-5), (-1e9, 1.0)])
+def test_close_scores_far_from_zero_keep_their_differences(centre, spread):
+    score = centre + spread * torch.randn(40, dtype=torch.float64, generator=generator())
+    exact = [Fraction(value) for value in score.tolist()]  # doubles hold the scores; only the arithmetic may round
+    mean = sum(exact) / len(exact)
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in exact) / len(exact)) + 1e-6
+    expected = torch.softmax(torch.tensor([float(value - mean) for value in exact], dtype=torch.float64) / deviation / 0.05, 0)
+    torch.testing.assert_close(softmax_probability(score, 0.05), expected * (1 - FLOOR) + FLOOR / 40, rtol=1e-6, atol=0)
 
 
 def test_equal_scores_are_equally_likely():

@@ -103,7 +103,7 @@ def test_graphs_of_several_updates_agree(name):
 @pytest.mark.parametrize("file", ["td3bc-a.npz", "diffql-heads.npz"])
 def test_recorded_updates_pass_in_every_mode(file, mode):
     path = conformance.Path(__file__).parent / "data" / "conformance" / file
-    ((_, error, limit, name),) = conformance.run_file(path, [], DEVICE, [mode])
+    ((_, error, limit, _, name),) = conformance.run_file(path, [], DEVICE, [mode])
     assert error <= limit and name == mode
 
 
