@@ -18,7 +18,6 @@ would not have taken.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harness import parse_integers
+from harness import documented_parser, parse_integers
 from machine import describe_machine
 from torch import Tensor
 
@@ -95,8 +94,7 @@ def measure(subject: Subject, starts: int, kept_rows: Sequence[int], seed: int) 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    description, _, details = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(description=description, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = documented_parser(__doc__)
     parser.add_argument("--outdir", type=Path, default=Path("training-runs"), help="folder with the runs")
     parser.add_argument("--dataset", required=True, help="dataset that they were trained on")
     parser.add_argument("--starts", type=int, default=128, help="windows")

@@ -34,7 +34,7 @@ from harness import (
     Variant,
     add_network_options,
     insist_on_known,
-    make_parser,
+    make_timing_parser,
     parse_words,
     run_benchmark,
 )
@@ -50,6 +50,7 @@ from dydiff.environments import EnvironmentSpec, environment_spec
 from dydiff.evaluate import Evaluator, episode_seed
 from dydiff.evaluation_worker import EvaluationWorker, PolicyEvaluator, describe_evaluation
 from dydiff.filters import keep_mask
+from dydiff.models import in_raw_space
 from dydiff.networks.policy import TanhGaussianPolicy
 from dydiff.replay import ReplayBuffer
 from dydiff.reward import RewardModel
@@ -144,13 +145,8 @@ class PublishedEpochs:
         for _ in range(UPDATES):
             self.agent.update(sample_published(*self.replay, BATCH, NUM_REAL))
 
-    @torch.no_grad()
     def _evaluate(self) -> None:
-        def act(observation: np.ndarray) -> np.ndarray:
-            rows = self.work.spaces.observation_raw_to_policy(torch.from_numpy(observation).to(self.work.device))
-            mean, _ = self.agent.policy.network(rows).chunk(2, dim=-1)
-            return self.work.spaces.action_policy_to_raw(mean.tanh()).cpu().numpy()
-
+        act = in_raw_space(self.agent.mean_action, self.work.spaces)
         evaluate_one_by_one(environment_spec("hopper"), act, self.epoch, self.steps)
 
 
@@ -236,7 +232,7 @@ def run_case(name: str, session: Session) -> None:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = make_parser(__doc__, quick="four starts, short evaluations, one repetition")
+    parser = make_timing_parser(__doc__, quick="four starts, short evaluations, one repetition")
     parser.add_argument("--cases", type=parse_words, default=list(CASES), help=f"some of {','.join(CASES)}")
     parser.add_argument("--variants", type=parse_words, default=list(VARIANTS), help=f"of epoch, some of {','.join(VARIANTS)}")
     parser.add_argument("--starts", type=int, help="start states of a rollout (default: 16 on a CPU, 2048 on a GPU; --quick: 4)")

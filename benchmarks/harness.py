@@ -230,12 +230,17 @@ def parse_integers(text: str) -> list[int]:
     return [int(word) for word in text.split(",")]
 
 
-def make_parser(documentation: str, quick: str) -> argparse.ArgumentParser:
-    """A parser with the options that every timing benchmark has; `quick` says what --quick changes."""
+def documented_parser(documentation: str) -> argparse.ArgumentParser:
+    """A parser that shows a script's documentation: its first line above the options, the rest below."""
     description, _, details = documentation.partition("\n\n")
-    parser = argparse.ArgumentParser(
+    return argparse.ArgumentParser(
         description=description, epilog=details, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def make_timing_parser(documentation: str, quick: str) -> argparse.ArgumentParser:
+    """The same with the options that every timing benchmark has; `quick` says what --quick changes."""
+    parser = documented_parser(documentation)
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--device", default="auto", help="cpu, cuda:0, ...; auto takes a GPU if there is one")
     parser.add_argument("--seconds", type=float, help="how long to time each variant of a case (default: 10, --quick: 2)")
@@ -257,7 +262,7 @@ def insist_on_known(parser: argparse.ArgumentParser, given: Sequence[str], known
 
 
 class Session:
-    """One run of a benchmark: what its cases share, and the records so far. Needs the options of `make_parser`."""
+    """One run of a benchmark: what its cases share, and the records so far. Needs the options of `make_timing_parser`."""
 
     def __init__(self, options: argparse.Namespace):
         self.options = options

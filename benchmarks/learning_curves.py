@@ -15,7 +15,6 @@ training, with a 95 % bootstrap interval of the difference.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from harness import append_lines, documented_parser, parse_integers
 from machine import describe_machine
 from update_baselines import TD3BC, Replay, sample_published
 
@@ -31,6 +31,7 @@ from dydiff.device import find_device
 from dydiff.errors import DydiffError
 from dydiff.evaluate import Evaluator, episode_seed
 from dydiff.evaluation_worker import PolicyEvaluator, describe_evaluation
+from dydiff.models import in_raw_space
 from dydiff.problem import Problem, load_problem
 from dydiff.replay import ReplayBuffer
 from dydiff.seeds import SeedTrainers
@@ -56,13 +57,7 @@ def train_published(problem: Problem, options: argparse.Namespace) -> tuple[np.n
         torch.manual_seed(seed)
         np.random.seed(seed)
         agent = TD3BC(*sizes, tuned=False, device=options.device)
-
-        @torch.no_grad()
-        def act(observation: np.ndarray, agent: TD3BC = agent) -> np.ndarray:
-            rows = spaces.observation_raw_to_policy(torch.from_numpy(observation).to(options.device))
-            mean, _ = agent.policy.network(rows).chunk(2, dim=-1)
-            return spaces.action_policy_to_raw(mean.tanh()).cpu().numpy()
-
+        act = in_raw_space(agent.mean_action, spaces)
         curve = []
         for epoch in range(options.epochs):
             began = time.perf_counter()
@@ -131,15 +126,9 @@ def compare(curves: dict[str, np.ndarray], updates: int) -> str:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    def integers(text: str) -> list[int]:
-        return [int(word) for word in text.split(",")]
-
-    description, _, details = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description, epilog=details, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = documented_parser(__doc__)
     parser.add_argument("--dataset", required=True, help="dataset with a simulator")
-    parser.add_argument("--seeds", type=integers, default=[0, 1, 2], help="seeds of each trainer")
+    parser.add_argument("--seeds", type=parse_integers, default=[0, 1, 2], help="seeds of each trainer")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--updates", type=int, default=500, help="of an epoch")
     parser.add_argument("--steps", type=int, default=5000, help="environment steps of an evaluation")
@@ -163,8 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.json:
                 line = {"variant": name, "dataset": problem.dataset.name, "seeds": options.seeds, "updates": options.updates}
                 line |= {"returns": curves[name].tolist(), "seconds": seconds, **describe_machine(options.device)}
-                with options.json.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+                append_lines(options.json, [line])
         print(compare(curves, options.updates))
     except DydiffError as error:
         print(f"error: {error}", file=sys.stderr)

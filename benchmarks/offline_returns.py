@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from harness import insist_on_known, parse_integers, parse_words
+from harness import documented_parser, insist_on_known, parse_integers, parse_words
 from returns_report import write_report
 
 from dydiff.data import load_dataset
@@ -39,7 +39,7 @@ from dydiff.errors import DydiffError
 from dydiff.experiment import ALGORITHMS
 from dydiff.models import DIFFUSION, DYNAMICS, REWARD
 from dydiff.options import add_train_options, make_parser, training_settings
-from dydiff.runs import find_model, find_run_of, new_folder
+from dydiff.runs import find_model, find_run_of, list_settings, new_folder
 from dydiff.workers import Job, list_jobs, run_jobs, skip_finished
 
 SECTIONS = {algorithm: section for section, algorithm in ALGORITHMS.items()}
@@ -126,7 +126,7 @@ def train_diffusion(dataset: str, root: Path, options: argparse.Namespace) -> Jo
     words = ["-m", dataset, *(f"--{name}={value}" for name, value in sizes.items())]
     parser = make_parser()
     add_train_options(parser)
-    folder = find_run_of(root, training_settings(parser.parse_args(words)))
+    folder = find_run_of(list_settings(root), training_settings(parser.parse_args(words)))
     return Job(folder or new_folder(root, f"diffusion-H{options.horizon}"), ["train", *words])
 
 
@@ -180,10 +180,7 @@ def write_experiment(file: Path, constants: dict[str, Any], seeds: Sequence[int]
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    description, _, details = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description, epilog=details, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = documented_parser(__doc__)
     add = parser.add_argument
     add("--datasets", "--dataset", type=parse_words, default=[], help="D4RL names, local names or files, separated by commas")
     add("--out", type=Path, default=Path("training-runs/offline-returns"), help="folder of the runs and the report")

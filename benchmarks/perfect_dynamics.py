@@ -13,7 +13,6 @@ its first evaluation.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import sys
@@ -24,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import parse_integers
+from harness import documented_parser, parse_integers
 from machine import describe_machine
 from torch import Tensor
 
@@ -34,6 +33,7 @@ from dydiff.config import Constants, from_mapping
 from dydiff.data import Transitions
 from dydiff.errors import DydiffError
 from dydiff.experiment import Variant, override
+from dydiff.models import in_raw_space
 from dydiff.policy_stage import build_policies, find_models
 from dydiff.problem import Problem, load_problem
 from dydiff.progress import Progress
@@ -55,13 +55,8 @@ class Simulator:
     def roll_out(self, policy: Policy, start: Tensor, generator: torch.Generator) -> Trajectory:
         """As `RolloutEngine.roll_out`: start [B, O] -> H rows each, in policy space."""
         spaces, spec = self.problem.spaces, self.problem.spec
-
-        def act(raw: np.ndarray) -> np.ndarray:
-            observation = spaces.observation_raw_to_policy(torch.as_tensor(raw, dtype=torch.float32))
-            return spaces.action_policy_to_raw(policy(observation)).numpy()
-
         states = state_from_observation(spec, spaces.observation_policy_to_raw(start).numpy())
-        truth = roll_out_simulator(spec, *states, self.horizon, act)
+        truth = roll_out_simulator(spec, *states, self.horizon, in_raw_space(policy, spaces))
         observation = spaces.observation_raw_to_policy(torch.as_tensor(truth.observation))
         rows = observation.flatten(0, 1).numpy()
         self._rewards = {row.tobytes(): float(reward) for row, reward in zip(rows, truth.reward.flat, strict=True)}
@@ -139,8 +134,7 @@ def show(line: dict[str, Any]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    description, _, details = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(description=description, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = documented_parser(__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders of policies trained with DyDiff")
     parser.add_argument("--seeds", type=parse_integers, default=[None], metavar="N,N", help="instead of each run's own seed")
     parser.add_argument("--true-reward", action="store_true", help="take rewards from the simulator too")

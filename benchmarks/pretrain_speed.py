@@ -40,7 +40,7 @@ from harness import (
     Variant,
     add_network_options,
     check_output,
-    make_parser,
+    make_timing_parser,
     parse_integers,
     parse_words,
     run_benchmark,
@@ -280,7 +280,7 @@ def run_shape(batch: int, horizon: int, session: Session) -> None:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = make_parser(__doc__, quick="few repetitions, nothing is compiled")
+    parser = make_timing_parser(__doc__, quick="few repetitions, nothing is compiled")
     parser.add_argument("--batch", type=parse_integers, default=[8], help="windows an update, such as 8,64")
     parser.add_argument("--horizon", type=parse_integers, default=[100], help="rows, such as 32,100")
     parser.add_argument("--variants", type=parse_words, help=f"some of {','.join(VARIANTS)}")

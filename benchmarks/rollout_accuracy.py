@@ -49,7 +49,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import parse_integers
+from harness import documented_parser, parse_integers
 from machine import describe_machine
 from probe_policies import clone_behaviour, distance_from_data, perturb
 
@@ -238,10 +238,7 @@ def _error_table(errors: dict[str, Any], averages: dict[str, Any], alive: list[i
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    description, _, details = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description, epilog=details, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = documented_parser(__doc__)
     add = parser.add_argument
     add("--outdir", type=Path, default=Path("training-runs"), help="folder with the runs")
     add("--dataset", required=True, help="dataset that they were trained on")

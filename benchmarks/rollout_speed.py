@@ -51,7 +51,7 @@ from harness import (
     Variant,
     add_network_options,
     insist_on_known,
-    make_parser,
+    make_timing_parser,
     parse_integers,
     parse_words,
     run_benchmark,
@@ -229,7 +229,7 @@ def list_shapes(options: argparse.Namespace) -> list[Shape]:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = make_parser(__doc__, quick="one shape and few repetitions")
+    parser = make_timing_parser(__doc__, quick="one shape and few repetitions")
     parser.add_argument("--batch", type=parse_integers, help="start states, such as 16,256,2048")
     parser.add_argument("--horizon", type=parse_integers, help="rows, such as 32,100,256")
     parser.add_argument("--variants", type=parse_words, help="such as published,bf16,fast (default: all that work here)")

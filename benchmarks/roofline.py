@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import BenchmarkError, add_network_options, append_lines, make_parser, measure_matrix_rate, parse_words, time_call
+from harness import (
+    BenchmarkError,
+    add_network_options,
+    append_lines,
+    make_timing_parser,
+    measure_matrix_rate,
+    parse_words,
+    time_call,
+)
 from machine import describe_machine
 from torch import nn
 
@@ -167,7 +175,7 @@ def draw(lines: Sequence[dict[str, Any]], rates: dict[str, float], bandwidth: fl
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = make_parser(__doc__, "2 seconds a variant")
+    parser = make_timing_parser(__doc__, "2 seconds a variant")
     add_network_options(parser)
     parser.add_argument("--variants", type=parse_words, default=None, help="of reference, bf16, triton-a, triton-b")
     parser.add_argument("--batch", type=int, default=32)

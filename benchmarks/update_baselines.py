@@ -119,6 +119,10 @@ class TD3BC(Agent):
         self.policy.network.load_state_dict(ours.policy.network.state_dict())
         self.target_policy.network.load_state_dict(ours.target_policy.network.state_dict())
 
+    def mean_action(self, observation: Tensor) -> Tensor:
+        mean, _ = self.policy.network(observation).chunk(2, dim=-1)
+        return mean.tanh()
+
     def update(self, batch: Transitions, noise=None) -> dict[str, Tensor | float]:
         with torch.no_grad():
             action, _ = self.target_policy(batch.next_observation, noise and noise.next_action)

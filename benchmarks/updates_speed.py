@@ -32,7 +32,7 @@ from harness import (
     Variant,
     check_output,
     insist_on_known,
-    make_parser,
+    make_timing_parser,
     parse_words,
     run_benchmark,
 )
@@ -238,7 +238,7 @@ def find_variants(options: argparse.Namespace) -> list[str]:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = make_parser(__doc__, quick="few repetitions")
+    parser = make_timing_parser(__doc__, quick="few repetitions")
     parser.add_argument("--cases", type=parse_words, default=list(CASES), help=f"some of {','.join(CASES)}")
     parser.add_argument("--variants", type=parse_words, help=f"some of {','.join(VARIANTS)} (default: all that work here)")
     options = parser.parse_args(arguments)

@@ -1,5 +1,5 @@
 // Plain loops: a step moves a few tens of megabytes where the network evaluation before it computes teraflops, so threads
-// would save nothing that shows, and a second OpenMP runtime beside torch's would cost.
+// would save nothing that shows.
 #include "edm_step.h"
 
 namespace edm::cpu {

@@ -19,11 +19,11 @@ from dydiff.deviation import TRUE_STATES, Comparison
 from dydiff.diffusion.sampler import sample_edm
 from dydiff.environments import EnvironmentSpec
 from dydiff.errors import DydiffError
-from dydiff.models import DiffusionModel
+from dydiff.models import DiffusionModel, in_raw_space
 from dydiff.policy_runs import Subject
 from dydiff.problem import Problem
 from dydiff.rollout import RolloutEngine, Trajectory
-from dydiff.simulate import SimulatedTrajectories, roll_out_simulator, state_from_observation
+from dydiff.simulate import CUT_VELOCITY, SimulatedTrajectories, roll_out_simulator, state_from_observation
 from dydiff.trainer import Rollouts
 
 NO_MOTION, SINGLE_STEP, DYDIFF = "no motion", "single-step", "DyDiff"
@@ -148,11 +148,7 @@ def compare_models(
 
     state = state_from_observation(spec, start)
     if policy is not None:
-
-        def act(raw: np.ndarray) -> np.ndarray:
-            return spaces.action_policy_to_raw(policy(to_policy(raw))).cpu().numpy()
-
-        truth = roll_out_simulator(spec, *state, horizon, act)
+        truth = roll_out_simulator(spec, *state, horizon, in_raw_space(policy, spaces))
     else:
         truth = roll_out_simulator(spec, *state, horizon, actions=cases.action)
         policy = RecordedActions(spaces.action_raw_to_policy(torch.as_tensor(cases.action).to(spaces.device)))
@@ -188,7 +184,7 @@ def compare_rollouts(engines: dict[str, RolloutEngine], subject: Subject, starts
 
 def _tells_state(spec: EnvironmentSpec, observation: np.ndarray) -> np.ndarray:
     """Hopper and walker2d cut observed velocities off at exactly 10: such a row [n, O] does not tell its state. [n] bool"""
-    return (np.abs(state_from_observation(spec, observation)[1]) != 10).all(axis=1)
+    return (np.abs(state_from_observation(spec, observation)[1]) != CUT_VELOCITY).all(axis=1)
 
 
 @torch.no_grad()

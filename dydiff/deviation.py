@@ -46,7 +46,7 @@ class Comparison:
             if name != TRUE_STATES:
                 difference = model.observation - truth.observation  # [B, H, O]
                 quantities["state"] = np.sqrt(np.square(difference * scale).mean(axis=-1))
-                if is_maze(spec):
+                if spec.is_maze:
                     quantities["position"] = np.linalg.norm(difference[..., :2], axis=-1)
                 if with_steps:
                     difference = model.observation - _step_simulator(spec, model)
@@ -102,11 +102,6 @@ class Comparison:
     def _last(self) -> tuple[np.ndarray, np.ndarray]:
         """The last known row of every start, as an index into [B, H]."""
         return np.arange(len(self.known)), self.known.sum(axis=1) - 1
-
-
-def is_maze(spec: EnvironmentSpec) -> bool:
-    """Whether observations are a position in a plane and its velocity."""
-    return spec.name.startswith("maze2d")
 
 
 def _step_simulator(spec: EnvironmentSpec, rollout: SimulatedTrajectories) -> np.ndarray:

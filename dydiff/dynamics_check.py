@@ -9,13 +9,12 @@ import numpy as np
 from dydiff.data import RawDataset
 from dydiff.environments import D4RL, MAZE2D, EnvironmentSpec, environment_spec
 from dydiff.errors import DydiffError
-from dydiff.simulate import state_from_observation
+from dydiff.simulate import CUT_VELOCITY, state_from_observation
 
 TERMINAL_SHARE = 0.1  # of the rows are steps that ended an episode: rewards of simulators differ there
 ENDS = ("terminals", "timeouts")
 COLUMNS = {"state: median": 15, "90 %": 10, "max": 10, "reward: mean": 15, "max ": 10}  # of the table, with their widths
 REPRODUCED = 1e-3  # state error; float32 files have 1e-6, another MuJoCo 1e-2
-CUT_VELOCITY = 10.0  # what hopper's and walker2d's observations cut velocities off at
 
 
 @dataclass(frozen=True)

@@ -56,9 +56,14 @@ class EnvironmentSpec:
     gym_id: str | None = None  # None: a maze of `dydiff.maze`
 
     @property
+    def is_maze(self) -> bool:
+        """Whether observations are a position in a plane and its velocity, and episodes end at their time limit alone."""
+        return self.name.startswith("maze2d")
+
+    @property
     def backends(self) -> tuple[str, ...]:
         """The simulators that know this environment; `d4rl` among them whether it is installed or not."""
-        if self.name.startswith("maze2d"):
+        if self.is_maze:
             return MAZE2D, D4RL
         return (GYMNASIUM_V4, GYMNASIUM_V5, *((D4RL_COMPAT, D4RL) if self.name in D4RL_LOCOMOTION else ()))
 
@@ -83,7 +88,7 @@ class EnvironmentSpec:
             )
         spec = ENVIRONMENTS[self.name]
         if backend == D4RL:
-            name = f"{self.name}-v1" if self.name.startswith("maze2d") else f"{self.name}-medium-v2"
+            name = f"{self.name}-v1" if self.is_maze else f"{self.name}-medium-v2"
             return dataclasses.replace(spec, backend=backend, gym_id=name)  # only the data depend on the word "medium"
         if backend == GYMNASIUM_V5:
             width = V5_OBSERVATION_DIMS.get(self.name, spec.observation_dim)

@@ -17,6 +17,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
@@ -29,7 +30,7 @@ from dydiff.device import fast_float32
 from dydiff.environments import EnvironmentSpec
 from dydiff.errors import DydiffError
 from dydiff.evaluate import Evaluator
-from dydiff.models import act_raw, restore_spaces, store_spaces
+from dydiff.models import in_raw_space, restore_spaces, store_spaces
 
 
 @dataclasses.dataclass
@@ -83,7 +84,8 @@ class PolicyEvaluator:
         generator = torch.Generator(self.agent.device).manual_seed(seed)
         # One thread is what a handful of rows keeps busy; and their number must not change the numbers.
         with _threads(1), fast_float32():
-            result = self.evaluator.evaluate(lambda o: act_raw(self.agent, self.spaces, o, generator), seed)
+            act = partial(self.agent.act_for_evaluation, generator=generator)
+            result = self.evaluator.evaluate(in_raw_space(act, self.spaces), seed)
         figures = result.mean_return, result.std_return, result.mean_length, result.num_episodes
         return PolicyScore(*figures, time.perf_counter() - began)
 

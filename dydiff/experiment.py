@@ -90,7 +90,7 @@ def load_experiment(path: str | Path, overrides: list[str] = (), dataset: str | 
         if key not in ("meta_data", "variables", "constants"):
             raise unknown_key(f"{path}: {key}", str(key), ["meta_data", "variables", "constants"])
     constants = _mapping(content, "constants", path)
-    variables = _flatten(_mapping(content, "variables", path))
+    variables = flatten(_mapping(content, "variables", path))
     meta_data = _mapping(content, "meta_data", path)
     # Those of the file: an override asks for nothing new.
     sections = {str(key).split(".")[0] for key in (*constants, *variables)}
@@ -294,11 +294,11 @@ def _assign(tree: dict, dotted: str, value: Any) -> None:
     tree[last] = value
 
 
-def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """Nested variables to dotted keys: lists are the leaves."""
+def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name: lists are leaves."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 

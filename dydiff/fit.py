@@ -52,7 +52,6 @@ class Fit:
         bootstrap: bool,
         lr: float = 1e-4,
         batch_size: int = 256,
-        holdout_fraction: float = 0.2,
         max_holdout: int = 5000,
         patience: int = 7,
         max_epochs: int = 1000,
@@ -71,7 +70,7 @@ class Fit:
         self.steps_per_epoch = steps_per_epoch
         self.optimizer = torch.optim.Adam(model.parameter_groups(), lr=lr, fused=True)
 
-        num_holdout = max(1, min(int(holdout_fraction * num_rows), max_holdout))
+        num_holdout = max(1, min(int(0.2 * num_rows), max_holdout))
         self.split_seed = int(torch.randint(2**62, (), generator=generator))
         self.num_holdout = num_holdout
         self._split()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dydiff.agents import AGENTS, Agent
 from dydiff.checkpoint import load_checkpoint
@@ -84,7 +86,7 @@ class Policy:
     manifest: dict[str, Any]
 
     def __call__(self, observation: np.ndarray, generator: torch.Generator | None = None) -> np.ndarray:
-        return act_raw(self.agent, self.spaces, observation, generator)
+        return in_raw_space(partial(self.agent.act_for_evaluation, generator=generator), self.spaces)(observation)
 
 
 def load_policy(path: str | Path, device: str = "cpu") -> Policy:
@@ -122,12 +124,15 @@ def restore_spaces(stored: dict[str, Any]) -> Spaces:
     return Spaces(limits, z_score, stored["action_low"], stored["action_high"])
 
 
-@torch.no_grad()
-def act_raw(agent: Agent, spaces: Spaces, observation: np.ndarray, generator: torch.Generator | None = None) -> np.ndarray:
-    """The evaluation action of an agent for raw observations: [n, O] -> [n, A] numpy arrays."""
-    policy_observation = spaces.observation_raw_to_policy(torch.as_tensor(observation, dtype=torch.float32).to(spaces.device))
-    action = agent.act_for_evaluation(policy_observation, generator)
-    return spaces.action_policy_to_raw(action).cpu().numpy()
+def in_raw_space(policy: Callable[[Tensor], Tensor], spaces: Spaces) -> Callable[[np.ndarray], np.ndarray]:
+    """A policy as simulators take it: raw observations [n, O] -> raw actions [n, A], numpy arrays."""
+
+    @torch.no_grad()
+    def act(observation: np.ndarray) -> np.ndarray:
+        rows = spaces.observation_raw_to_policy(torch.as_tensor(observation, dtype=torch.float32).to(spaces.device))
+        return spaces.action_policy_to_raw(policy(rows)).cpu().numpy()
+
+    return act
 
 
 def _load_one_step(

@@ -18,6 +18,7 @@ from dydiff.data.windows import find_episodes
 from dydiff.dynamics import DynamicsEnsemble
 from dydiff.environments import environment_name, environment_spec
 from dydiff.errors import DydiffError
+from dydiff.experiment import flatten
 from dydiff.models import DIFFUSION, DYNAMICS, POLICY, Policy, load_diffusion_model, load_policy
 from dydiff.policy_stage import UPDATES_PER_EPOCH, build_rollouts, find_models
 from dydiff.problem import Problem, load_problem
@@ -59,7 +60,7 @@ class PolicyRun:
         for name, section in vars(self.constants).items():
             if defaults[name] is None and dataclasses.is_dataclass(section):
                 defaults[name] = dataclasses.asdict(type(section)())
-        before, after = _flatten(defaults), _flatten(dataclasses.asdict(self.constants))
+        before, after = flatten(defaults), flatten(dataclasses.asdict(self.constants))
         changed = {name: value for name, value in after.items() if before.get(name) != value}
         return {name: value for name, value in changed.items() if name.rsplit(".", 1)[-1] not in PLACES}
 
@@ -179,11 +180,11 @@ def find_policy_runs(root: Path, dataset: Dataset) -> list[PolicyRun]:
     """
     runs = []
     for folder, record in list_runs(root):
-        about = (record["kind"], record["status"], record["fingerprint"])
-        settings = read_settings(folder)
-        log = read_log(folder)
+        if (record["kind"], record["status"], record["fingerprint"]) != (POLICY, "finished", dataset.fingerprint):
+            continue
+        settings, log = read_settings(folder), read_log(folder)
         lines = [line for line in log if "evaluation/return" in line]
-        if about != (POLICY, "finished", dataset.fingerprint) or settings is None or not lines:
+        if settings is None or not lines:
             continue
         constants = from_mapping(Constants, settings["constants"], f"{folder / 'settings.yaml'}: constants")
         updates = constants.rl_trainer_params.num_train_steps_per_train_call or UPDATES_PER_EPOCH[settings["stage"]]
@@ -248,14 +249,6 @@ def describe_models(models: dict[str, list[str]], dataset: Dataset, dynamics: Dy
 
 def _words(settings: dict[str, Any]) -> list[str]:
     return [f"{key.rsplit('.', 1)[-1]}={value}" for key, value in settings.items()]
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
 
 
 def _count(module: torch.nn.Module) -> int:

@@ -9,7 +9,6 @@ from typing import Any
 from dydiff import plots
 from dydiff.checkpoint import make_folder, write_atomically
 from dydiff.comparison import DYDIFF, SINGLE_STEP, compare_rollouts
-from dydiff.deviation import is_maze
 from dydiff.policy_runs import behaviour_return, describe_models, group_runs, load_subject
 from dydiff.tables import format_table, plus_minus
 
@@ -34,8 +33,8 @@ def report(root: Path, dataset_name: str, starts: int, seed: int, device: str) -
     steps = problem.spec.max_episode_steps
     behaviour = behaviour_return(dataset, steps)
 
-    draw = plots.draw_maze_rollouts if is_maze(problem.spec) else plots.draw_columns
-    picture = "maze_rollouts.png" if is_maze(problem.spec) else "rollouts.png"
+    draw = plots.draw_maze_rollouts if problem.spec.is_maze else plots.draw_columns
+    picture = "maze_rollouts.png" if problem.spec.is_maze else "rollouts.png"
     files = {name: folder / name for name in ("rollout_error.png", picture, "learning_curve.png", "report.json")}
     plots.draw_errors({"": errors}, files["rollout_error.png"])
     modelled = {name: comparison.modelled[name].observation for name in (SINGLE_STEP, DYDIFF)}

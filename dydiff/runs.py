@@ -198,18 +198,22 @@ def list_runs(root: Path) -> list[tuple[Path, dict[str, Any]]]:
     return sorted(((folder, record) for folder, record in found if record), key=lambda item: item[1]["updated"])
 
 
+def list_settings(root: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The run folders under `root` and the settings that each was started with, newest first."""
+    stored = ((folder, read_settings(folder)) for folder, _ in reversed(list_runs(root)))
+    return [(folder, settings) for folder, settings in stored if isinstance(settings, dict)]
+
+
 def find_run_of(
-    root: Path, settings: dict[str, Any], complete: Callable[[dict[str, Any]], dict[str, Any]] = lambda stored: stored
+    runs: Sequence[tuple[Path, dict[str, Any]]],
+    settings: dict[str, Any],
+    complete: Callable[[dict[str, Any]], dict[str, Any]] = lambda stored: stored,
 ) -> Path | None:
-    """The newest run folder under `root` with exactly these settings, or None.
+    """The first of `runs` with exactly these settings, or None.
 
     `complete` adds to stored settings what they lack because they were written before it could be chosen.
     """
-    for folder, _ in reversed(list_runs(root)):
-        stored = read_settings(folder)
-        if stored == settings or (isinstance(stored, dict) and complete(stored) == settings):
-            return folder
-    return None
+    return next((folder for folder, stored in runs if stored == settings or complete(stored) == settings), None)
 
 
 def find_unfinished(folder: Path, settings: dict[str, Any], free: Sequence[str] = ()) -> Path:
@@ -242,12 +246,13 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def find_model(root: Path, kind: str, dataset: Dataset, path: str, product: str = "model.safetensors") -> Path:
+def find_model(root: Path, kind: str, dataset: Dataset, path: str) -> Path:
     """Resolve `load_path` / `model_paths`: a checkpoint file, a run folder, or `auto` = the newest finished run on the dataset.
 
     Raises:
         DydiffError: nothing is there, or no finished run of that kind on that dataset lies under `root`.
     """
+    product = "model.safetensors"
     if path != "auto":
         file = Path(path) / product if os.path.isdir(path) else Path(path)
         if not os.path.isfile(file):

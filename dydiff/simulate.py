@@ -11,6 +11,7 @@ import numpy as np
 from dydiff.environments import EnvironmentSpec
 from dydiff.errors import DydiffError
 
+CUT_VELOCITY = 10.0  # what hopper's and walker2d's observations cut velocities off at
 Act = Callable[[np.ndarray], np.ndarray]  # raw observations [n, O] float32 -> raw actions [n, A]
 
 

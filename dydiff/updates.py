@@ -98,8 +98,8 @@ class Updates:
                     totals[name] = totals[name] + value if name in totals else value.clone()
                     counts[name] = counts.get(name, 0) + numbers[name]
                 on_update(len(variants))
-        means = {name: (total / counts[name]).view(-1).tolist() for name, total in totals.items()}
-        return [{name: values[index] for name, values in means.items()} for index in range(len(self.learners))]
+        means = torch.stack([(total / counts[name]).view(-1) for name, total in totals.items()], dim=1)  # [seeds, figures]
+        return [dict(zip(totals, values, strict=True)) for values in means.tolist()]
 
     def _advance(self, count: int) -> Variants:
         """Count the next updates as done, and return what the agents' step counters, all the same, decide for each."""

@@ -10,7 +10,7 @@ import torch
 from dydiff.data import RawDataset, d4rl
 from dydiff.data.dataset import OPTIONAL, REQUIRED
 from dydiff.data.windows import find_episodes
-from dydiff.environments import ENVIRONMENTS, MAZE2D
+from dydiff.environments import ENVIRONMENTS
 from dydiff.terminal import terminal_function
 
 MATRICES = ("observations", "actions", "next_observations", "infos/qpos", "infos/qvel")
@@ -153,7 +153,7 @@ def _check_environment(arrays: dict[str, np.ndarray], environment: str | None) -
     outside = np.flatnonzero(((arrays["actions"] < low) | (arrays["actions"] > high)).any(axis=1))
     if len(outside):
         findings.append(Finding(f"actions lie outside the range of {environment}", True, outside))
-    if spec.backend != MAZE2D and "next_observations" in arrays:
+    if not spec.is_maze and "next_observations" in arrays:
         with np.errstate(over="ignore"):
             ended = terminal_function(environment)(torch.from_numpy(arrays["next_observations"].astype(np.float32))).numpy()
         contrary = np.flatnonzero(ended != arrays["terminals"])

@@ -22,7 +22,7 @@ from dydiff.drive import Interrupted, Interrupts
 from dydiff.errors import DydiffError
 from dydiff.experiment import Experiment, Variant, load_experiment
 from dydiff.progress import Progress, say
-from dydiff.runs import find_run_of, new_folder, read_run, removed_if_empty
+from dydiff.runs import find_run_of, list_settings, new_folder, read_run, removed_if_empty
 from dydiff.stages import run_variants
 
 LOG = "output.log"
@@ -87,12 +87,13 @@ def _worker_command(file: str, overrides: Sequence[str], dataset: str | None, ro
 
 def _list_jobs(experiment: Experiment, command: list[str], root: Path, resume: bool) -> list[Job]:
     jobs, name = [], experiment.meta.exp_name
+    runs = list_settings(root) if resume else []
     for group in experiment.groups:
         folders, continues = {}, False
         for index in group:
             settings = describe(name, experiment.variants[index])
-            folder = find_run_of(root, settings, complete) if resume else None
-            shorter = find_run_of(root, settings, partial(_lengthen, settings)) if resume and folder is None else None
+            folder = find_run_of(runs, settings, complete)
+            shorter = find_run_of(runs, settings, partial(_lengthen, settings)) if folder is None else None
             if shorter is not None:
                 folder, continues = shorter, True
             elif folder is not None and len(group) > 1 and _is_finished(folder):

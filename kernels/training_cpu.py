@@ -6,7 +6,7 @@
                    where PyTorch's operators move 60
 
 Activations are [B, L, C] bfloat16, channels last; weights, moments and averages float32. Both have a plain path in PyTorch:
-`norm_mish` takes it for other tensors, and for the update it is `torch.optim.Adam` (dydiff/diffusion/training.py).
+`norm_mish` takes it for other tensors, and for the update it is `torch.optim.Adam` (dydiff/diffusion/update.py).
 """
 
 from __future__ import annotations

@@ -2,27 +2,25 @@
 
     python profiling/torch_profile.py [--batch 32] [--horizon 100] [--backend auto] [--steps 4] [--trace FILE]
 
-Uses the full-size network with random weights; `--steps` shortens the sampler, which repeats the same work. Prints the ranges and
-the costliest operators; `--trace` writes a Chrome trace.
+Rolls out with full-size models of random weights, uncaptured, so that its ranges show; `--steps` shortens the sampler, which
+repeats the same work. Prints the ranges and the costliest operators; `--trace` writes a Chrome trace.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
+from pathlib import Path
 
 os.environ["DYDIFF_RANGES"] = "1"  # before dydiff is imported
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-import torch
-from torch.profiler import ProfilerActivity, profile
+from harness import FULL_SIZE  # noqa: E402 - the folder is not a package, and must be found first
+from torch.profiler import ProfilerActivity, profile  # noqa: E402
+from workload import Ours, Shape, Workload  # noqa: E402
 
-from dydiff.backends import prepare_denoiser
-from dydiff.device import find_device
-from dydiff.diffusion.edm import Denoiser
-from dydiff.diffusion.sampler import sample_edm
-from dydiff.networks.unet import UNet
-
-OBSERVATION_DIM, ACTION_DIM = 11, 3  # hopper
+from dydiff.device import find_device  # noqa: E402
 
 
 def main() -> None:
@@ -35,20 +33,13 @@ def main() -> None:
     parser.add_argument("--trace", default=None)
     options = parser.parse_args()
     device = find_device(options.device)
-    width = OBSERVATION_DIM + ACTION_DIM
-    denoiser = Denoiser(UNet(width, options.horizon), OBSERVATION_DIM).to(device).eval().requires_grad_(False)
-    prepared = prepare_denoiser(denoiser, options.backend)
-    shape = (options.batch, options.horizon, width)
-    first = torch.zeros(options.batch, OBSERVATION_DIM, device=device)
-    actions = torch.zeros(options.batch, options.horizon, ACTION_DIM, device=device)
-
-    def work() -> None:
-        sample_edm(prepared, shape, lambda size: torch.randn(size, device=device), first, actions, num_steps=options.steps)
-
-    work()  # compiles, packs and fills caches
+    shape = Shape(options.batch, options.horizon, *FULL_SIZE)
+    rollout = Ours(Workload(shape, device, num_steps=options.steps), options.backend)
+    rollout.engine.capture = False
+    rollout.rollout()  # compiles, packs and fills caches
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device != "cpu" else [])
     with profile(activities=activities) as profiler:
-        work()
+        rollout.rollout()
     order = "self_cuda_time_total" if device != "cpu" else "self_cpu_time_total"
     print(profiler.key_averages().table(sort_by=order, row_limit=25))
     if options.trace:

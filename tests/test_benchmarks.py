@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -158,3 +159,11 @@ def test_roofline_counts_what_runs_and_draws_it(tmp_path, capsys):
     assert len(lines) == len(roofline.count_costs(UNet(14, 8, 16, (1, 2, 4)), 2, 8, 4)) == 17
     assert all(line["repeats"] >= roofline.LEAST and line["median_s"] > 0 for line in lines) and picture.stat().st_size > 10_000
     assert "residual blocks" in capsys.readouterr().out
+
+
+def test_the_profile_of_a_rollout_shows_its_ranges():
+    script = Path(__file__).parents[1] / "profiling" / "torch_profile.py"
+    command = [sys.executable, str(script), "--batch=1", "--steps=2", "--device=cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "autoregressive start" in done.stdout and "sampler" in done.stdout

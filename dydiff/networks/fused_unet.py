@@ -29,21 +29,16 @@ class Blocks(Protocol):
 class FusedUNet:
     """Forward pass of a trained `UNet` with packed weights: x [B, H, D] float32 and a row of the time table -> [B, H, D] float32.
 
-    The weights are copied when this is made (or `refresh`ed); training the U-Net further does not change it.
+    The weights are copied when this is made; training the U-Net further does not change it.
     """
 
     def __init__(self, unet: UNet, blocks: Blocks):
         self.unet = unet
         self.blocks = blocks
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Pack the U-Net's present weights."""
 
         def pack(module: nn.Module) -> Any:
-            return self.blocks.pack(module.state_dict())
+            return blocks.pack(module.state_dict())
 
-        unet = self.unet
         self.down, self.up = ([[pack(block) for block in pair] for pair in pairs] for pairs in (unet.down, unet.up))
         self.downsample = [pack(layer) for layer in unet.downsample]
         self.middle = [pack(block) for block in unet.middle]
