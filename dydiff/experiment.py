@@ -27,11 +27,13 @@ from dydiff.config import (
     unknown_key,
 )
 from dydiff.errors import DydiffError
+from dydiff.progress import say
 
 MAX_VARIANTS = 10_000
 MAX_BYTES = 200_000  # of a file; parsing takes some ten microseconds a byte
 MAX_VALUES, MAX_DEPTH = 100_000, 20  # of a file, aliases followed
 MAX_MERGED = 20  # mappings in one
+COMMON = ("dataset_name", "seed", "seeds", "env_specs")  # settings that every stage uses
 STAGE_SECTIONS = {"dyn_model_params": "dynamics", "model_params": "reward"}
 SCRIPT_WORDS = {"dyn": "dynamics", "rew": "reward", "td3": "td3_bc", "diffql": "diffusion_ql", "cql": "cql"}
 ALGORITHMS = {"td3_bc_params": "td3_bc", "diffql_params": "diffusion_ql", "cql_params": "cql"}
@@ -113,7 +115,9 @@ def load_experiment(path: str | Path, overrides: list[str] = (), dataset: str | 
                     tree.pop("seeds" if key == "seed" else "seed", None)
     meta = from_mapping(MetaData, meta_data, f"{path.name}: meta_data")
     stage = _find_stage(sections, meta.script_path, path)
-    return Experiment(meta, _expand(constants, variables, fixed, stage, path))
+    variants = _expand(constants, variables, fixed, stage, path)
+    _insist_on_use([*variables, *(key for key, _ in fixed)], stage, path)
+    return Experiment(meta, variants)
 
 
 def override(constants: dict[str, Any], texts: Iterable[str]) -> None:
@@ -196,6 +200,18 @@ def _find_stage(sections: set[str], script_path: str, path: Path) -> str:
     return stages[0]
 
 
+def _insist_on_use(keys: Iterable[str], stage: str, path: Path) -> None:
+    """Whoever varies or overrides a setting means it to matter; a section that a file merely holds may be for another stage."""
+    own = [section for section, name in (ALGORITHMS | STAGE_SECTIONS).items() if name == stage]
+    for section in {key.partition(".")[0]: None for key in keys}:
+        shared = section in COMMON or (stage in ALGORITHMS.values() and section not in ALGORITHMS)
+        if section not in own and not shared:
+            raise DydiffError(
+                f"{path.name} trains {stage}, which does not use {section}: varying or setting it would change nothing. What is "
+                f"particular to {stage} stands under {' and '.join(own)}."
+            )
+
+
 def _complete(settings: Constants, stage: str) -> Constants:
     """Fill the sections that the stage uses and the file leaves out, so that every run folder shows the complete settings."""
     filled = {}
@@ -212,6 +228,7 @@ def _dataset_differences(path: Path, dataset: str, sections: set[str]) -> dict:
         if candidate.is_file():
             entry = _mapping(_read_yaml(candidate), dataset, candidate)
             return {key: value for key, value in entry.items() if key not in ALGORITHMS or key in sections}
+    say(f"No datasets.yaml lies beside {path} or above: what differs from one dataset to the next is not applied to {dataset}.")
     return {}
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dydiff.data import Dataset, Spaces, Transitions, load_dataset, make_transitions
-from dydiff.environments import WITHOUT_SIMULATOR, EnvironmentSpec, environment_name, environment_spec
+from dydiff.environments import ENVIRONMENTS, WITHOUT_SIMULATOR, EnvironmentSpec, environment_name, environment_spec
 from dydiff.errors import DydiffError
 
 
@@ -44,6 +44,11 @@ def load_problem(dataset_name: str, env_name: str | None = None, backend: str | 
             "--environment of `dydiff import`, env_specs.env_name in an experiment file."
         )
     environment = environment_name(env_name or dataset.environment)
+    if dataset.environment in {*ENVIRONMENTS, *WITHOUT_SIMULATOR} - {environment}:
+        raise DydiffError(
+            f"Dataset '{dataset.name}' is from {dataset.environment}, but env_specs.env_name is {env_name}. Leave env_name out, or "
+            "correct one of the two."
+        )
     spec = fit_environment(dataset, environment, backend)
     transitions = make_transitions(dataset)
     spaces = Spaces.from_dataset(dataset, transitions, *_action_range(dataset, spec))

@@ -97,6 +97,11 @@ def test_unknown_environment(run_stage, command, dataset_file):
     check_refusal(run_stage("reward", dataset_file, "--device=cpu", "--set=env_specs.env_name=hopper"), "11", "4")
 
 
+def test_an_environment_that_is_not_the_datasets(run_stage, dataset_file):
+    outcome = run_stage("reward", dataset_file, "--device=cpu", "--set=env_specs.env_name=maze2d-large")
+    check_refusal(outcome, "is from maze2d-umaze, but env_specs.env_name is maze2d-large")
+
+
 def test_missing_checkpoints(run_stage, dataset, tmp_path):
     check_refusal(run_stage("td3_bc", dataset), "No finished diffusion model run", DATASET)
     check_refusal(

@@ -192,6 +192,27 @@ def test_an_override_asks_for_no_other_stage(write):
     assert variant.stage == "td3_bc" and variant.constants.dyn_model_params.load_path == "x"
 
 
+@pytest.mark.parametrize(
+    ("own", "change"),
+    [
+        ("model_params", "td3_bc_params.alpha=9"),
+        ("model_params", "dyn_model_params.lr=1.0"),
+        ("dyn_model_params", "sampler_kwargs.num_steps=5"),
+        ("td3_bc_params", "cql_params={}"),
+    ],
+)
+def test_a_setting_that_the_stage_does_not_use_is_refused(write, own, change):
+    content = {"constants": {"dataset_name": "maze", own: {}}}
+    key, _, value = change.partition("=")
+    message = refusal(load_experiment, write(content), [change])
+    assert f"does not use {key.partition('.')[0]}" in message and f"stands under {own}" in message
+    varied = {**content, "variables": {"sampler_kwargs.num_steps": [5, 6]}}
+    assert own == "td3_bc_params" or "does not use sampler_kwargs" in refusal(load_experiment, write(varied))
+    # A file may hold what is for another stage, and every stage has a dataset, a seed and an environment.
+    both = {"constants": {**content["constants"], "rl_trainer_params": {"num_epochs": 3}}}
+    assert load_experiment(write(both), ["seed=3", "env_specs.env_name=hopper", f"{own}={{}}"]).variants
+
+
 # --dataset
 
 
@@ -227,6 +248,14 @@ def test_differences_reach_empty_sections_and_sections_named_by_variables_alone(
 def test_differences_of_an_algorithm_that_is_not_run_are_left_out(with_differences):
     (variant,) = with_differences({"td3_bc_params": {}})
     assert variant.stage == "td3_bc" and variant.constants.rl_trainer_params.num_epochs == 9
+
+
+def test_a_file_without_differences_above_it_says_so(write, with_differences, tmp_path, capsys):
+    with_differences({"td3_bc_params": {}})
+    assert "datasets.yaml" not in capsys.readouterr().err
+    (tmp_path / "datasets.yaml").unlink()
+    load_experiment(write({"constants": {"td3_bc_params": {}}}), dataset="maze")
+    assert "what differs from one dataset to the next is not applied to maze" in capsys.readouterr().err
 
 
 def test_differences_that_are_no_mapping(with_differences):
