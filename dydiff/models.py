@@ -23,6 +23,7 @@ from dydiff.finite import find_not_finite
 from dydiff.memory import is_out_of_memory
 from dydiff.networks import build_trajectory_network
 from dydiff.reward import RewardModel
+from dydiff.rollout import as_rows
 
 OneStep = TypeVar("OneStep", DynamicsEnsemble, RewardModel)
 
@@ -56,6 +57,7 @@ def load_diffusion_model(path: str | Path, dataset: Dataset | None = None, devic
         denoiser.network.load_state_dict(tree["weights"])
         limits = Limits(tree["limits"]["minimum"], tree["limits"]["maximum"])
         denoiser = denoiser.to(device).eval().requires_grad_(False)
+        denoiser.manifest = manifest  # what rollouts need to know of its training goes wherever it goes
         model = DiffusionModel(denoiser, limits.to(device), manifest["network"]["horizon"], manifest)
         if dataset is not None:
             ours = Limits.from_dataset(dataset, manifest["include_action"])
@@ -77,16 +79,27 @@ def load_reward(
     return _load_one_step(path, REWARD, RewardModel, dataset, device, spaces)
 
 
-@dataclass
+@dataclass(eq=False)  # captured rollouts belong to a policy itself
 class Policy:
-    """A trained agent with its spaces; `policy(observation)` acts in raw space, [n, O] -> [n, A] numpy arrays."""
+    """A trained agent with its spaces; `policy(observation)` acts in raw space, [n, O] -> [n, A] numpy arrays.
+
+    Actions that are drawn come from `generator`; without one, from a generator of its own, made with seed 0 when it was loaded.
+    """
 
     agent: Agent
     spaces: Spaces
     manifest: dict[str, Any]
 
+    def __post_init__(self):
+        self._own_generator = torch.Generator().manual_seed(0)
+
     def __call__(self, observation: np.ndarray, generator: torch.Generator | None = None) -> np.ndarray:
-        return in_raw_space(partial(self.agent.act_for_evaluation, generator=generator), self.spaces)(observation)
+        act = partial(self.agent.act_for_evaluation, generator=generator or self._own_generator)
+        return in_raw_space(act, self.spaces)(observation)
+
+    def act(self, observation: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """As rollouts take it, in policy space: observation [B, O] -> action [B, A]."""
+        return self.agent.act(observation, generator)
 
 
 def load_policy(path: str | Path, device: str = "cpu") -> Policy:
@@ -125,12 +138,20 @@ def restore_spaces(stored: dict[str, Any]) -> Spaces:
 
 
 def in_raw_space(policy: Callable[[Tensor], Tensor], spaces: Spaces) -> Callable[[np.ndarray], np.ndarray]:
-    """A policy as simulators take it: raw observations [n, O] -> raw actions [n, A], numpy arrays."""
+    """A policy as simulators take it: raw observations [n, O] -> raw actions [n, A], numpy arrays.
+
+    Raises, when it acts:
+        DydiffError: observations or the policy's actions of another shape.
+    """
+    one_each = "It holds the action, in [-1, 1], of every observation that the policy was given."
 
     @torch.no_grad()
     def act(observation: np.ndarray) -> np.ndarray:
-        rows = spaces.observation_raw_to_policy(torch.as_tensor(observation, dtype=torch.float32).to(spaces.device))
-        return spaces.action_policy_to_raw(policy(rows)).cpu().numpy()
+        raw = torch.as_tensor(observation, dtype=torch.float32).to(spaces.device)
+        raw = as_rows("observation", raw, None, spaces.observation_dim, raw.device, "It holds one observation a row.")
+        rows = spaces.observation_raw_to_policy(raw)
+        action = as_rows("What the policy returns", policy(rows), len(rows), spaces.action_dim, rows.device, one_each)
+        return spaces.action_policy_to_raw(action).cpu().numpy()
 
     return act
 

@@ -6,9 +6,12 @@ trajectories around the policy's actions, the two are averaged, and the policy r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from numbers import Integral
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,7 +30,22 @@ from dydiff.ranges import named_range
 from dydiff.reward import RewardModel
 
 KEPT_GRAPHS = 64  # combinations of policy and settings whose CUDA graphs are kept, such as seeds that train together
+DEFAULTS = {name: each.default for name, each in inspect.signature(sample_edm).parameters.items()}
+SAMPLER_SETTINGS = [name for name, default in DEFAULTS.items() if isinstance(default, (int, float))]
 Policy = Callable[[Tensor], Tensor]  # observation [B, O] -> action [B, A], both in policy space
+
+
+class Actor(Protocol):
+    """A policy that draws its actions from the rollout's generator: an agent, or what `load_policy` gives."""
+
+    def act(self, observation: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Action [B, A] of observation [B, O], both in policy space."""
+
+
+class TrainedModel(Protocol):
+    """What `load_diffusion_model` gives."""
+
+    denoiser: Denoiser
 
 
 class Trajectory(NamedTuple):
@@ -40,21 +58,23 @@ class Trajectory(NamedTuple):
 class RolloutEngine:
     """Rolls a policy forward for a whole horizon from given start observations, all of it on the models' device.
 
-    `denoisers` are one or more diffusion models of the same spaces and horizon; with several, the starts are dealt out to them at
-    random and evenly. `sampler` holds `sample_edm`'s settings; `fast`, if given, takes that sampler's place. `chunk_size` bounds
-    how many starts are computed at a time, and is halved, for good, where the memory does not hold them.
+    `denoisers` are one or more diffusion models (as loaded, or their denoisers) of these spaces and this horizon; with several, the
+    starts are dealt out to them at random and evenly. `sampler` holds `sample_edm`'s settings; `fast`, if given, takes that
+    sampler's place. `chunk_size` bounds how many starts are computed at a time, and is halved, for good, where the memory does not
+    hold them.
 
     On a GPU a rollout is a CUDA graph from the first policy call to the last relabelling: with the same policy, generator and
     number of iterations, the second call of a batch size captures it and later ones replay it; a policy is the same if it compares
-    equal, as a bound method does and a new lambda does not. `capture=False` never captures.
+    equal, as an agent, a loaded policy and a bound method do and a new lambda or partial does not. `capture=False` never captures.
 
     Raises:
-        DydiffError: no diffusion model, or a chunk that holds nothing.
+        DydiffError: no diffusion model, one of other spaces or another horizon or that was trained without what rollouts show it,
+            or a setting that does not exist or cannot be.
     """
 
     def __init__(
         self,
-        denoisers: Sequence[Denoiser],
+        denoisers: Sequence[Denoiser | TrainedModel],
         dynamics: DynamicsEnsemble,
         spaces: Spaces,
         horizon: int,
@@ -65,11 +85,18 @@ class RolloutEngine:
         fast: FastMode | None = None,
         capture: bool = True,
     ):
+        if not isinstance(denoisers, Sequence):
+            raise DydiffError(f"denoisers must be a list of diffusion models, not {_describe(denoisers)}: put brackets around one.")
         if not denoisers:
             raise DydiffError("A rollout needs at least one diffusion model.")
-        if chunk_size < 1:
-            raise DydiffError(f"each_rollout_size must be at least 1, not {chunk_size}.")
-        self.denoisers = [prepare_denoiser(denoiser, backend, chunk_size) for denoiser in denoisers]
+        _check_count("horizon", horizon, 1)
+        _check_count("iterations", iterations, 0)
+        _check_count("chunk_size (in files rl_trainer_params.each_rollout_size)", chunk_size, 1)
+        _check_sampler(sampler)
+        if not isinstance(fast, FastMode | None):
+            raise DydiffError(f"fast must be None or a dydiff.FastMode, for its defaults FastMode(), not {_describe(fast)}.")
+        fitting = [_fitting_denoiser(model, spaces, horizon) for model in denoisers]
+        self.denoisers = [prepare_denoiser(denoiser, backend, chunk_size) for denoiser in fitting]
         self.dynamics = dynamics
         self.spaces = spaces
         self.horizon = horizon
@@ -84,14 +111,32 @@ class RolloutEngine:
 
     @torch.no_grad()
     def roll_out(
-        self, policy: Policy, start: Tensor, generator: torch.Generator, draw: Draw | None = None, iterations: int | None = None
+        self,
+        policy: Policy | Actor,
+        start: Tensor,
+        generator: torch.Generator,
+        draw: Draw | None = None,
+        iterations: int | None = None,
     ) -> Trajectory:
-        """Roll `policy` forward from `start` [B, O]: H rows per start, all in policy space.
+        """Roll `policy` forward from `start` [B, O]: H rows per start, all in policy space, float32.
 
-        `generator` gives the ensemble members, the model assignment and, unless `draw` gives it, the sampler's noise.
-        `iterations` overrides the engine's; 0 returns the autoregressive start, which is the single-step model's rollout.
+        `policy` is a function of observations [B, O], or has a method `act` of observations and a generator, as agents and loaded
+        policies do; its actions are then drawn from `generator`. That also gives the ensemble members, the model assignment and,
+        unless `draw` gives it, the sampler's noise. `iterations` overrides the engine's; 0 returns the autoregressive start, which
+        is the single-step model's rollout.
+
+        Raises:
+            DydiffError: an argument of another kind, shape or device, or a policy whose actions are.
         """
         iterations = self.iterations if iterations is None else iterations
+        _check_count("iterations", iterations, 0)
+        if not callable(getattr(policy, "act", policy)):
+            raise DydiffError(f"policy must be a function of observations, an agent or a loaded policy, not {_describe(policy)}.")
+        remedy = "It holds observations in policy space: spaces.observation_raw_to_policy makes them of a tensor of raw ones."
+        start = as_rows("start", start, None, self.spaces.observation_dim, self.spaces.device, remedy)
+        if not isinstance(generator, torch.Generator) or generator.device.type != start.device.type:
+            given = f"one on {generator.device}" if isinstance(generator, torch.Generator) else _describe(generator)
+            raise DydiffError(f"generator must be a torch.Generator on {start.device}, not {given}.")
 
         def roll_out_chunk(part: Tensor) -> tuple[Tensor, ...]:
             return self._chunk_function(policy, generator, draw, iterations)(part)
@@ -105,10 +150,11 @@ class RolloutEngine:
         self.chunk_size, self._captured, self._pool = size, {}, None
 
     def _chunk_function(
-        self, policy: Policy, generator: torch.Generator, draw: Draw | None, iterations: int
+        self, policy: Policy | Actor, generator: torch.Generator, draw: Draw | None, iterations: int
     ) -> Callable[[Tensor], tuple[Tensor, ...]]:
         """`_roll_out_chunk` of start [B, O] alone; on a GPU as the CUDA graphs that belong to these arguments."""
-        function = partial(self._roll_out_chunk, policy, generator, draw, iterations)
+        act = partial(policy.act, generator=generator) if hasattr(policy, "act") else policy
+        function = partial(self._roll_out_chunk, act, generator, draw, iterations)
         if not self.capture or draw is not None or generator.device.type != "cuda":
             return function
         owner = (policy, generator, iterations, self.fast, *self.sampler.items())
@@ -149,7 +195,9 @@ class RolloutEngine:
     def _act(self, policy: Policy, observation: Tensor) -> Tensor:
         """The policy's actions for observations [..., O], both in model space."""
         rows = self.spaces.observation_model_to_policy(observation).flatten(0, -2)
-        return self.spaces.action_policy_to_model(policy(rows)).unflatten(0, observation.shape[:-1])
+        remedy = "It holds the action, in [-1, 1], of every observation that the policy was given."
+        action = as_rows("What the policy returns", policy(rows), len(rows), self.spaces.action_dim, rows.device, remedy)
+        return self.spaces.action_policy_to_model(action).unflatten(0, observation.shape[:-1])
 
     def _start_autoregressively(self, policy: Policy, first: Tensor, generator: torch.Generator) -> Trajectory:
         """The single-step rollout, o[h+1] = f(o[h], policy(o[h])): first [B, O] -> H rows, all in model space."""
@@ -186,6 +234,69 @@ class RolloutEngine:
             if len(rows):
                 sampled[rows] = sample(denoiser, rows)
         return sampled
+
+
+def as_rows(name: str, values: Tensor, count: int | None, width: int, device: torch.device, remedy: str) -> Tensor:
+    """`values` in float32, if they are a tensor [count, width] (count None: any) on the device; nothing reads the numbers.
+
+    Raises:
+        DydiffError: they are not, and would be broadcast or fail somewhere else; it ends with the `remedy`.
+    """
+    if isinstance(values, Tensor):
+        if values.shape == (len(values) if count is None and values.ndim else count, width) and values.device == device:
+            return values.to(torch.float32)
+        given = f"one {list(values.shape)} on {values.device}"
+    else:
+        given = _describe(values)
+    wanted = f"[{'B' if count is None else count}, {width}] on {device}"
+    raise DydiffError(f"{name} must be a torch tensor {wanted}, not {given}. {remedy}")
+
+
+def _describe(value: object) -> str:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    return f"an object of type {type(value).__module__}.{type(value).__qualname__}"
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if not isinstance(value, Integral) or value < least:
+        raise DydiffError(f"{name} must be a whole number of at least {least}, not {_describe(value)}.")
+
+
+def _check_sampler(sampler: Mapping[str, float] | None) -> None:
+    if not isinstance(sampler, Mapping | None):
+        raise DydiffError(f"sampler must be a dictionary of sample_edm's settings, not {_describe(sampler)}.")
+    for name in sampler or {}:
+        if name not in SAMPLER_SETTINGS:
+            nearest = difflib.get_close_matches(str(name).lower(), SAMPLER_SETTINGS, n=1)
+            hint = f"did you mean '{nearest[0]}'?" if nearest else f"choose one of {', '.join(SAMPLER_SETTINGS)}."
+            raise DydiffError(f"sampler has no setting {name!r}: {hint}")
+
+
+def _fitting_denoiser(model: Denoiser | TrainedModel, spaces: Spaces, horizon: int) -> Denoiser:
+    """The denoiser of a diffusion model, if it is one for rollouts in these spaces over this horizon, as far as it can know.
+
+    One that was loaded tells by its `manifest` what it was trained with; of others, a U-Net knows its horizon.
+    """
+    denoiser = getattr(model, "denoiser", model)
+    if not isinstance(denoiser, Denoiser):
+        raise DydiffError(f"denoisers must hold what load_diffusion_model gives, or Denoisers, not {_describe(model)}.")
+    manifest = getattr(denoiser, "manifest", {})
+    for option in ("include_action", "use_cond", "cond_on_action"):
+        if not manifest.get(option, True):
+            raise DydiffError(
+                f"The diffusion model was trained with --{option}=False, but rollouts show it a start and the policy's "
+                f"actions, of which it would make nothing. Train one with --{option}=True."
+            )
+    own = manifest.get("network", {}).get("horizon") or getattr(denoiser.network, "horizon", horizon)
+    for name, theirs, given in (
+        ("horizon", own, horizon),
+        ("spaces.observation_dim", denoiser.observation_dim, spaces.observation_dim),
+        ("spaces.device", next(denoiser.parameters()).device, spaces.device),
+    ):
+        if theirs != given:
+            raise DydiffError(f"{name} is {given}, but the diffusion model was made for {theirs}: let both be the same.")
+    return denoiser
 
 
 @torch.no_grad()

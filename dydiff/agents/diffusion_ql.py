@@ -199,5 +199,8 @@ class DiffusionQL:
 
 def _required(generator: torch.Generator | None) -> torch.Generator:
     if generator is None:
-        raise DydiffError("Diffusion-QL draws its actions: pass a torch.Generator to act and act_for_evaluation.")
+        raise DydiffError(
+            "Diffusion-QL draws its actions: pass a torch.Generator to act and act_for_evaluation. RolloutEngine.roll_out takes "
+            "the agent or the loaded policy itself, without .act, and has it draw from the rollout's generator."
+        )
     return generator
