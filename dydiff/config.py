@@ -6,9 +6,11 @@ type or an impossible combination is an error that names the key and the nearest
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
+import os
 import reprlib
 import sys
 import types
@@ -219,6 +221,8 @@ RANGES = {
     "grad_norm": (0, LARGEST),
     "min_q_weight": (0, LARGEST),
 }
+PATHS = ("load_path", "model_paths")  # settings in which `~` is the home folder
+SINGLES = ("gpu",)  # lists in whose place one element may stand
 
 
 def show(value: Any) -> str:
@@ -244,7 +248,14 @@ def from_mapping(cls: type, mapping: Any, where: str) -> Any:
     for key in mapping:
         if key not in hints:
             raise unknown_key(f"{where}.{key}", str(key), hints)
-    return cls(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in mapping.items()})
+    # A text with nothing behind its key is not given.
+    given = {key: value for key, value in mapping.items() if value is not None or not _is_text(hints[key])}
+    return cls(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in given.items()})
+
+
+def _is_text(hint: Any) -> bool:
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return str in kinds and type(None) not in kinds
 
 
 def unknown_key(where: str, key: str, valid: typing.Iterable[str]) -> DydiffError:
@@ -255,6 +266,7 @@ def unknown_key(where: str, key: str, valid: typing.Iterable[str]) -> DydiffErro
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
+    name = _name_of(where)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         options = [argument for argument in arguments if argument is not type(None)]
@@ -273,6 +285,8 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         hint = f" (did you mean '{nearest[0]}'?)" if nearest else ""
         raise DydiffError(f"Setting '{where}' must be one of {', '.join(arguments)}, not {show(value)}{hint}.")
     if origin is list:
+        if name in SINGLES and value is not None and not isinstance(value, (list, dict)):
+            value = [value]
         if not isinstance(value, list):
             raise DydiffError(f"Setting '{where}' must be a list, not {show(value)}.")
         return [_convert(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value)]
@@ -281,17 +295,40 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
             return _check_range(float(value), where)  # YAML reads 3e-4 as text
         except (ValueError, OverflowError):
             pass
-    if kind is int and isinstance(value, float) and value.is_integer():
-        value = int(value)
+    if kind is int:
+        value = _to_whole(value)
     if kind is int and isinstance(value, int) and not isinstance(value, bool):
         return _check_range(value, where)
     if isinstance(value, kind) and kind is not int:
-        return value
+        return _expand_home(value) if name in PATHS else value
     raise DydiffError(f"Setting '{where}' must be of type {kind.__name__}, not {show(value)}.")
 
 
+def _to_whole(value: Any) -> Any:
+    """A whole number that is written as 2e6 (text to YAML), 2000000.0 or "256" as an int; anything else as it is."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return int(value)
+    if isinstance(value, (str, float)):
+        with contextlib.suppress(ValueError):
+            if float(value).is_integer():
+                return int(float(value))
+    return value
+
+
+def _expand_home(path: str) -> str:
+    try:
+        return os.path.expanduser(path)
+    except ValueError:  # no name of a user
+        return path
+
+
+def _name_of(where: str) -> str:
+    return where.rsplit(".", 1)[-1].partition("[")[0]
+
+
 def _check_range(value: float, where: str) -> float:
-    low, high = RANGES.get(where.rsplit(".", 1)[-1].partition("[")[0], (SMALLEST, LARGEST))
+    low, high = RANGES.get(_name_of(where), (SMALLEST, LARGEST))
     if not low <= value <= high:
         least = "above 0" if low == SMALLEST else f"at least {low:g}"
         most = f"at most {high:g}" if high < LARGEST else "finite"

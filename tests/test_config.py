@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import refusal
 
 from dydiff import config
 from dydiff.agents import AGENTS
-from dydiff.config import Constants, DiffQLParams, EnvSpecs, KeepCondition, RLTrainerParams, from_mapping
+from dydiff.config import Constants, DiffQLParams, EnvSpecs, KeepCondition, MetaData, RLTrainerParams, from_mapping
 from dydiff.experiment import ALGORITHMS
 from dydiff.filters import keep_mask
 from dydiff.updates import MODES
@@ -50,7 +51,9 @@ def test_other_values_of_a_float_are_refused(value):
 
 def test_whole_numbers_lists_words_and_flags():
     assert from_mapping(DiffQLParams, {"n_timesteps": 5.0}, "x").n_timesteps == 5
-    for value in (5.5, "5", True, math.inf):
+    for value in ("5", "5.0", "5e0"):
+        assert from_mapping(DiffQLParams, {"n_timesteps": value}, "x").n_timesteps == 5
+    for value in (5.5, "5.5", "", "five", True, math.inf, "inf", "1e999", None):
         assert "x.n_timesteps' must be of type int" in refusal(from_mapping, DiffQLParams, {"n_timesteps": value}, "x")
     assert from_mapping(DiffQLParams, {"hidden_dims": [1, 2]}, "x").hidden_dims == [1, 2]
     assert "must be a list" in refusal(from_mapping, DiffQLParams, {"hidden_dims": 256}, "x")
@@ -68,6 +71,42 @@ def test_optional_settings_and_the_word_that_stands_for_a_list():
         settings = from_mapping(Constants, {"diff_model_params": {"model_paths": paths}}, "x")
         assert settings.diff_model_params.model_paths == paths
     assert "model_paths[0]" in refusal(from_mapping, Constants, {"diff_model_params": {"model_paths": [1]}}, "x")
+
+
+def test_whole_numbers_as_published_files_write_them():
+    settings = yaml.safe_load("{replay_buffer_size: 2e6, model_replay_buffer_size: 2.0e+6, batch_size: '256'}")
+    params = from_mapping(Constants, {"rl_trainer_params": settings, "td3_bc_params": {"hidden_dims": ["256", 2e1]}}, "x")
+    sizes = [params.rl_trainer_params.replay_buffer_size, params.rl_trainer_params.model_replay_buffer_size]
+    sizes += [params.rl_trainer_params.batch_size, *params.td3_bc_params.hidden_dims]
+    assert sizes == [2_000_000, 2_000_000, 256, 256, 20] and {type(size) for size in sizes} == {int}
+    assert from_mapping(Constants, {"seed": str(2**63 - 1)}, "x").seed == 2**63 - 1  # which no float holds
+    assert "must be at least 0" in refusal(from_mapping, Constants, {"seed": "-1"}, "x")
+
+
+def test_one_gpu_may_stand_for_a_list_of_them():
+    for value in (1, "1", 1.0):
+        assert from_mapping(MetaData, {"gpu": value}, "x").gpu == [1]
+    for value in (True, "0,1", None, {}, -1):
+        assert "x.gpu" in refusal(from_mapping, MetaData, {"gpu": value}, "x")
+    assert "must be a list" in refusal(from_mapping, Constants, {"seeds": 3}, "x")  # the seed 3, or three of them?
+
+
+def test_a_text_with_nothing_behind_its_key_is_the_default():
+    assert from_mapping(MetaData, dict.fromkeys(("exp_name", "description", "script_path")), "x") == MetaData()
+    nothing = {"model_params": {"load_path": None}, "diff_model_params": {"model_paths": None}, "env_specs": {"env_name": None}}
+    settings = from_mapping(Constants, nothing, "x")
+    assert settings.model_params.load_path == settings.diff_model_params.model_paths == "auto"
+    assert settings.env_specs.env_name is None
+    assert "model_paths[0]" in refusal(from_mapping, Constants, {"diff_model_params": {"model_paths": [None]}}, "x")
+
+
+def test_the_home_folder_in_paths(monkeypatch):
+    monkeypatch.setenv("HOME", "/here")
+    paths = {"model_params": {"load_path": "~/a"}, "diff_model_params": {"model_paths": ["~/b", "c~"]}}
+    settings = from_mapping(Constants, paths, "x")
+    assert settings.model_params.load_path == "/here/a" and settings.diff_model_params.model_paths == ["/here/b", "c~"]
+    assert from_mapping(Constants, {"dyn_model_params": {"load_path": "~\0"}}, "x").dyn_model_params.load_path == "~\0"
+    assert from_mapping(MetaData, {"description": "~/a"}, "x").description == "~/a"
 
 
 def test_a_section_with_nothing_under_it_is_asked_for():
