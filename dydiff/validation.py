@@ -110,6 +110,8 @@ def _check_episodes(arrays: dict[str, np.ndarray], environment: str | None) -> l
         if limit is None:
             findings.append(Finding("there are no timeouts, and no time limit of the environment is known", True))
         return findings
+    if timeouts[:-1].all():
+        findings.append(Finding("no transition is left: every row but the last ends an episode by time", True))
     both = np.flatnonzero(terminals & timeouts)
     if len(both):
         findings.append(Finding("terminals and timeouts mark the same row; such a row counts as a timeout", False, both))

@@ -171,6 +171,8 @@ def test_good_data_have_no_defects(command, dataset, hopper):
         ({"actions": np.full((ROWS, 3), 1.5)}, ["outside the range of hopper: rows 0, 1, 2, ", "8, 9, ... (12 rows)"]),
         ({"actions": np.zeros((ROWS, 6))}, ["11 observation and 6 action columns, but hopper has 11 and 3"]),
         ({"terminals": np.zeros(ROWS), "timeouts": np.zeros(ROWS)}, ["defect  no episode ends"]),
+        ({"timeouts": np.ones(ROWS)}, ["defect  no transition is left: every row but the last ends an episode by time"]),
+        ({"timeouts": np.arange(ROWS) < ROWS - 1}, ["defect  no transition is left"]),
         ({"timeouts": np.arange(ROWS) == 4}, ["note    terminals and timeouts mark the same row", ": row 4", "last 7 rows"]),
         ({"next_observations": make_arrays()["observations"]}, ["note    next_observations is not", "contradict", ": row 4"]),
     ],

@@ -94,8 +94,10 @@ def test_time_limit_of_the_environment_stands_in():
 
 def test_errors_name_the_remedy():
     dataset = make_dataset([False] * 4, None)
-    with pytest.raises(DydiffError, match="time limit .* .unknown. is not known. Give max_episode_steps"):
+    with pytest.raises(DydiffError, match="time limit .* .unknown. is not known. Store a timeouts array"):
         make_transitions(dataset)
+    with pytest.raises(DydiffError, match="has no transition left: .* Correct its timeouts array: it must mark only the last row"):
+        make_transitions(make_dataset([False] * 4, [True] * 4))
     with pytest.raises(DydiffError, match="max_episode_steps must be at least 1, not 0"):
         make_transitions(dataset, max_episode_steps=0)
     with pytest.raises(DydiffError, match="stores no next_observations"):

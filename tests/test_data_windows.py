@@ -112,7 +112,7 @@ def test_memory_is_one_copy_of_the_rows():
 def test_errors_name_the_remedy():
     dataset = make_dataset([False] * 6, [False] * 6)
     limits = Limits.from_dataset(dataset)
-    with pytest.raises(DydiffError, match="marks no end of an episode.*Store a timeouts array"):
+    with pytest.raises(DydiffError, match="Store a timeouts array that marks the last row of every episode that time ended.$"):
         Windows(dataset, 3, limits)
     ended = make_dataset([False] * 5 + [True], None)
     with pytest.raises(DydiffError, match="max_length_of_trajectory. must be at least 1, not 0"):

@@ -55,7 +55,7 @@ def make_transitions(
         if len(keep) == 0:
             raise DydiffError(
                 f"Dataset {dataset.name!r} has no transition left: every row but the last ends an episode by time. "
-                "Check its timeouts (or max_episode_steps), or keep such rows with terminate_on_end."
+                "Correct its timeouts array: it must mark only the last row of each episode that time ended."
             )
     reward = dataset.rewards[:-1][keep]
     if (dataset.environment or "").startswith("antmaze"):
@@ -74,7 +74,8 @@ def _episode_limit(dataset: Dataset, max_episode_steps: int | None) -> int:
     if limit is None:
         raise DydiffError(
             f"Dataset {dataset.name!r} has no timeouts, and the time limit of its environment "
-            f"({dataset.environment or 'unknown'}) is not known. Give max_episode_steps, or store timeouts in the file."
+            f"({dataset.environment or 'unknown'}) is not known. Store a timeouts array in the file that marks the last row of "
+            "every episode that time ended."
         )
     if limit < 1:
         raise DydiffError(f"max_episode_steps must be at least 1, not {limit}.")

@@ -106,7 +106,7 @@ def find_windows(dataset: Dataset, horizon: int, max_episode_steps: int | None =
         raise DydiffError(
             f"Dataset {dataset.name!r} marks no end of an episode, by terminals or timeouts, in its {len(dataset)} "
             "rows: there is no whole episode to cut windows from. Store a timeouts array that marks the last row of "
-            "every episode, or give max_episode_steps."
+            "every episode that time ended."
         )
     counts = np.maximum(lengths - horizon + 1, 1)  # [E] windows per episode
     first = np.cumsum(counts) - counts  # [E] number of the episode's first window
