@@ -80,7 +80,7 @@ def run_collect(options: argparse.Namespace) -> None:
     """Make a dataset with a local behaviour policy, in D4RL's schema."""
     from dydiff.collect import collect
 
-    path = collect(options.name, options.steps, options.seed, options.path, processes=options.processes)
+    path = collect(options.name, options.steps, options.seed, options.path, processes=options.processes, force=options.force)
     print(f"Dataset: {path}")
 
 

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from dydiff.behaviour import TanhGaussian, UniformPolicy, shipped_policies
 from dydiff.data import COLLECTOR, check_writable, dataset_path, write_dataset
 from dydiff.data.d4rl import LOCAL_SUFFIX
-from dydiff.data.files import METADATA, Scalar
+from dydiff.data.files import METADATA, Scalar, read_file
+from dydiff.data.writer import check_suffix
 from dydiff.environments import EnvironmentSpec, environment_spec, simulator_version
 from dydiff.episodes import Part, Rows, record_parts
 from dydiff.errors import DydiffError
@@ -50,20 +51,36 @@ def collect(
     path: str | Path | None = None,
     progress: bool = True,
     processes: int | None = 1,
+    force: bool = False,
 ) -> Path:
     """Record `steps` rows of a local dataset and write them as a D4RL file.
 
     name: one of LOCAL_DATASETS. path: where to write; by default where `load_dataset(name)` looks. processes: that record
     locomotion; None: as many as there are cores. More than one must be asked for under `if __name__ == "__main__":`, as
-    always with multiprocessing. On one machine the arrays depend on `name`, `steps` and `seed` alone. Returns the path.
+    always with multiprocessing. On one machine the arrays depend on `name`, `steps` and `seed` alone. force: replace a file that
+    is there; without it, one that says that it is this very collection stays and is enough. Returns the path.
     Raises DydiffError for an unknown name, for `steps` < 2, a negative seed, where MuJoCo is missing, and, before anything is
-    recorded, where the file cannot be written.
+    recorded, where another file is there or none can be written.
     Source: for maze2d, D4RL (arXiv 2004.07219) and its published generation scripts.
     """
     spec = _spec_of(name)
-    path = check_writable(dataset_path(name) if path is None else path)
+    _check_size(name, steps, seed)
+    path = check_suffix(dataset_path(name) if path is None else path)
     policies = _policies_of(name)
+    metadata = _describe(spec, policies, steps, seed)
+    if path.is_file() and not force:
+        _check_same(path, metadata)
+        print(f"Already there, with {steps:,} steps and seed {seed}: nothing is collected.")
+        return path
+    check_writable(path)
     arrays = collect_arrays(name, steps, seed, progress, processes)
+    if len(policies) == 1:  # D4RL has a place for one
+        arrays |= {f"{METADATA}policy/{key}": values for key, values in policies[0].weights.items()}
+    return write_dataset(path, arrays, metadata)
+
+
+def _describe(spec: EnvironmentSpec, policies: list[TanhGaussian], steps: int, seed: int) -> dict[str, Scalar]:
+    """A collection's metadata: all that its arrays depend on."""
     metadata: dict[str, Scalar] = {
         "source": COLLECTOR,
         "environment": spec.name,
@@ -77,19 +94,27 @@ def collect(
         rows = _share(steps, len(policies))
         facts = [{"rows": count, **policy.facts} for count, policy in zip(rows, policies, strict=True)]
         metadata["policies"] = json.dumps(facts)
-    if len(policies) == 1:  # D4RL has a place for one
+    if len(policies) == 1:  # by D4RL's names
         metadata |= {"policy/nonlinearity": "tanh", "policy/output_distribution": "tanh_gaussian"}
-        arrays |= {f"{METADATA}policy/{key}": values for key, values in policies[0].weights.items()}
-    return write_dataset(path, arrays, metadata)
+    return metadata
+
+
+def _check_same(path: Path, metadata: dict[str, Scalar]) -> None:
+    """Refuse to replace a file that does not say that it is the collection of this metadata."""
+    try:
+        found = read_file(path, ())[1]
+    except DydiffError:  # damaged, or no dataset at all
+        found = {}
+    different = [key for key, value in metadata.items() if found.get(key) != value]
+    if different:
+        which = "by something else" if "source" in different else f"with another {', '.join(different)}"
+        raise DydiffError(f"{str(path)!r} exists, made {which}. Give another --path, or --force to replace it.")
 
 
 def collect_arrays(name: str, steps: int, seed: int, progress: bool = False, processes: int | None = 1) -> Rows:
     """Record the arrays of a local dataset, by their keys in a D4RL file; see `collect`."""
     spec = _spec_of(name)
-    if steps < 2:
-        raise DydiffError(f"Collecting {name} needs at least 2 steps (one transition); {steps} were asked for.")
-    if seed < 0:
-        raise DydiffError(f"Collecting {name} needs a seed of at least 0, not {seed}.")
+    _check_size(name, steps, seed)
     with tqdm(total=steps, desc=name, unit="row", unit_scale=True, disable=not progress) as bar:
         if spec.gym_id is None:
             return _record_maze(spec, steps, seed, bar)
@@ -99,6 +124,13 @@ def collect_arrays(name: str, steps: int, seed: int, progress: bool = False, pro
         if processes is None:
             processes = min(len(os.sched_getaffinity(0)), math.ceil(steps / ROWS_PER_PROCESS))
         return record_parts(spec, parts, seed, processes, bar)
+
+
+def _check_size(name: str, steps: int, seed: int) -> None:
+    if steps < 2:
+        raise DydiffError(f"Collecting {name} needs at least 2 steps (one transition); {steps} were asked for.")
+    if seed < 0:
+        raise DydiffError(f"Collecting {name} needs a seed of at least 0, not {seed}.")
 
 
 def _policies_of(name: str) -> list[TanhGaussian]:

@@ -193,7 +193,9 @@ def add_collect_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", help="dataset to make, for example maze2d-umaze-local or hopper-medium-local")
     parser.add_argument("--steps", type=positive(int), default=1_000_000, help="environment steps")
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
-    parser.add_argument("--path", default=None, help="file to write (default: the dataset's place in the cache folder)")
+    where = "file to write, .hdf5 or .npz (default: the dataset's place in the cache folder)"
+    parser.add_argument("--path", default=None, help=where)
+    parser.add_argument("--force", action="store_true", help="replace the file if it exists")
     parser.add_argument("--processes", type=positive(int), default=None, help="that record locomotion (default: one a core)")
 
 

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from conftest import check_refusal
 
 import dydiff.collect
-from dydiff.collect import LOCAL_DATASETS, collect, collect_arrays
+from dydiff.collect import LOCAL_DATASETS, _policies_of, collect, collect_arrays
 from dydiff.data import load_dataset, make_transitions
 from dydiff.environments import environment_spec
 from dydiff.errors import DydiffError
@@ -89,14 +90,14 @@ def test_unknown_names_and_counts_are_refused():
         collect_arrays("hopper-random-local", steps=10, seed=-1)
 
 
-@pytest.mark.parametrize("place", ["folder", "file/below.hdf5", "/proc/dydiff/a.hdf5"])
+@pytest.mark.parametrize("place", ["folder.hdf5", "file/below.hdf5", "/proc/dydiff/a.hdf5"])
 def test_a_path_that_cannot_be_written_is_refused_before_the_work(place, tmp_path, monkeypatch):
-    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder.hdf5").mkdir()
     (tmp_path / "file").touch()
     monkeypatch.setattr(dydiff.collect, "collect_arrays", lambda *_: pytest.fail("the work has begun"))
     with pytest.raises(DydiffError, match="Cannot write the dataset .*choose another path"):
         collect("hopper-random-local", steps=100, seed=0, path=tmp_path / place, progress=False)
-    assert sorted(entry.name for entry in tmp_path.rglob("*")) == ["file", "folder"]
+    assert sorted(entry.name for entry in tmp_path.rglob("*")) == ["file", "folder.hdf5"]
 
 
 def test_a_refused_collection_leaves_an_older_file_alone(tmp_path):
@@ -105,3 +106,68 @@ def test_a_refused_collection_leaves_an_older_file_alone(tmp_path):
     with pytest.raises(DydiffError, match="at least 2 steps"):
         collect("hopper-random-local", steps=1, seed=0, path=path, progress=False)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("place", [".", "..", "noext", "a.txt"])
+def test_a_name_that_could_not_be_loaded_is_refused_before_the_work(command, place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outcome = command("collect", "maze2d-umaze-local", "--steps=20", "--path", place)
+    check_refusal(outcome, f"'{place}'", "must have a name that ends in one of .hdf5, .h5, .npz")
+    assert not list(tmp_path.iterdir())
+
+
+# A file that is there
+
+
+@pytest.fixture
+def at_work(monkeypatch) -> list[tuple]:
+    """The arguments of every recording that began."""
+    begun, record = [], dydiff.collect.collect_arrays
+
+    def recorded(*arguments):
+        begun.append(arguments)
+        return record(*arguments)
+
+    monkeypatch.setattr(dydiff.collect, "collect_arrays", recorded)
+    return begun
+
+
+@pytest.mark.parametrize("change", [["--steps=50"], ["--steps=60", "--seed=1"], ["another"]])
+def test_a_file_is_replaced_only_by_force(command, change, tmp_path, monkeypatch, at_work):
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
+    assert command("collect", "maze2d-umaze-local", "--steps=60").status == 0
+    file = tmp_path / "maze2d-umaze-local.hdf5"
+    before, asked = file.read_bytes(), ["maze2d-umaze-local", *change]
+    if change == ["another"]:  # the place is taken by another dataset
+        asked = ["hopper-random-local", "--steps=60", f"--path={file}"]
+    check_refusal(command("collect", *asked), f"'{file}' exists", "Give another --path, or --force to replace it")
+    assert file.read_bytes() == before and len(at_work) == 1
+    assert command("collect", *asked, "--force").status == 0
+    assert file.read_bytes() != before
+
+
+def test_what_is_there_already_is_not_collected_again(command, tmp_path, at_work):
+    """So that the quickstart can be repeated in its folder."""
+    for name in ("maze2d-umaze-local", "hopper-medium-local", "hopper-medium-expert-local"):
+        for suffix in (".hdf5", ".npz"):
+            file = tmp_path / f"{name}{suffix}"
+            again = ["collect", name, "--steps=60", "--seed=3", f"--path={file}"]
+            assert command(*again).status == 0
+            before = file.read_bytes()
+            at_work.clear()
+            outcome = command(*again)
+            assert outcome.status == 0 and "Already there" in outcome.output and f"Dataset: {file}" in outcome.output
+            assert not at_work and file.read_bytes() == before
+
+
+def test_no_file_of_others_is_replaced(tmp_path):
+    file = tmp_path / "a.hdf5"
+    file.write_text("precious")
+    with pytest.raises(DydiffError, match="exists, made by something else. .*--force"):
+        collect("hopper-random-local", steps=20, seed=0, path=file, progress=False)
+    assert file.read_text() == "precious"
+
+
+def test_every_dataset_tells_itself_from_the_others():
+    told = [dydiff.collect._describe(dydiff.collect._spec_of(name), _policies_of(name), 100, 0) for name in LOCAL_DATASETS]
+    assert all(told.count(metadata) == 1 for metadata in told)

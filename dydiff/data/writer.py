@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 
 from dydiff.data.dataset import dataset_from_arrays
-from dydiff.data.files import METADATA, Scalar
+from dydiff.data.files import METADATA, SUFFIXES, Scalar
 from dydiff.errors import DydiffError
 
 
@@ -23,9 +23,9 @@ def write_dataset(path: str | Path, arrays: Mapping[str, np.ndarray], metadata: 
     next_observations [N, O], infos/qpos [N, ...], infos/qvel [N, ...]; each keeps its dtype. metadata: one text or
     number per key, stored as a scalar under `metadata/`. A path that ends in .npz gives an archive. Folders are made. Returns
     the path.
-    Raises DydiffError for arrays that `load_dataset` would refuse and where the file cannot be written.
+    Raises DydiffError for arrays and a name that `load_dataset` would refuse and where the file cannot be written.
     """
-    path = Path(os.path.expanduser(path))
+    path = check_suffix(path)
     dataset_from_arrays(arrays, path.name, path)
     # A reader sees the old file or the whole new one, never a part: rename is atomic within a folder.
     with _part_of(path) as part:
@@ -42,11 +42,19 @@ def check_writable(path: str | Path) -> Path:
 
     Raises DydiffError, as `write_dataset` would.
     """
-    path = Path(os.path.expanduser(path))
+    path = check_suffix(path)
     with _part_of(path) as part:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
         part.touch()
+    return path
+
+
+def check_suffix(path: str | Path) -> Path:
+    """Return the path, its `~` expanded; raises DydiffError where the name is not that of a file that can be loaded."""
+    path = Path(os.path.expanduser(path))
+    if path.suffix.lower() not in SUFFIXES:
+        raise DydiffError(f"The dataset file {str(path)!r} to write must have a name that ends in one of {', '.join(SUFFIXES)}.")
     return path
 
 
