@@ -6,9 +6,13 @@ Only the standard library is imported before a command is known to be valid: `--
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
+import os
+import select
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from dydiff.data_command import add_data_options, run_data
@@ -135,6 +139,12 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The `dydiff` command; returns the exit status."""
+    with quiet_without_readers():
+        return run_command(arguments)
+
+
+def run_command(arguments: Sequence[str] | None) -> int:
+    """Run the command that the arguments name; returns the exit status."""
     parser = make_parser(prog="dydiff", description="Policy-injected trajectory diffusion for offline reinforcement learning.")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=make_parser)
     for name, (add_options, run) in COMMANDS.items():
@@ -149,7 +159,34 @@ def main_of(command: str, prog: str, arguments: Sequence[str] | None = None) -> 
     add_options, run = COMMANDS[command]
     parser = make_parser(prog=prog, description=run.__doc__)
     add_options(parser)
-    return guarded(run, parser.parse_args(arguments))
+    with quiet_without_readers():
+        return guarded(run, parser.parse_args(arguments))
+
+
+@contextlib.contextmanager
+def quiet_without_readers() -> Iterator[None]:
+    """End without a word, and as SIGPIPE ends other tools, where whoever read our output has gone, as in `| head -1`."""
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # when Python ends it would be too late
+    except BrokenPipeError as error:
+        closed = [descriptor for descriptor in (1, 2) if has_no_reader(descriptor)]
+        if not closed:  # another pipe, and a defect
+            raise
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in closed:
+            os.dup2(nowhere, descriptor)
+        raise SystemExit(128 + signal.SIGPIPE) from error
+
+
+def has_no_reader(descriptor: int) -> bool:
+    """Tell whether a file descriptor is a pipe or a socket whose other end is closed."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def guarded(run: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:

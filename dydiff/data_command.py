@@ -10,6 +10,7 @@ import functools
 from pathlib import Path
 
 from dydiff.errors import DydiffError
+from dydiff.options import seed, user_path
 
 NAME_HELP = "dataset: D4RL name, local name, Minari id, or path to an HDF5 or .npz file"
 
@@ -28,13 +29,14 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         parsers[name].add_argument("dataset", help=NAME_HELP)
     for name in ("validate", "check-dynamics"):
         parsers[name].add_argument("--environment", default=None, help="environment, where neither name nor file tells it")
-    parsers["inspect"].add_argument("--picture", default=None, help="PNG to write; without it, NAME.png in the working folder")
+    picture = "PNG to write; without it, NAME.png in the working folder"
+    parsers["inspect"].add_argument("--picture", type=user_path, default=None, help=picture)
     parsers["convert"].add_argument("dataset", help=NAME_HELP)
-    parsers["convert"].add_argument("target", help="file to write: .hdf5 or .npz")
+    parsers["convert"].add_argument("target", type=user_path, help="file to write: .hdf5 or .npz")
     parsers["convert"].add_argument("--force", action="store_true", help="replace the target if it exists")
     parsers["download"].add_argument("datasets", nargs="+", metavar="dataset", help="D4RL name or Minari id")
     parsers["check-dynamics"].add_argument("--rows", type=int, default=1000, help="steps that are taken again, at most")
-    parsers["check-dynamics"].add_argument("--seed", type=int, default=0, help="of the choice of the steps")
+    parsers["check-dynamics"].add_argument("--seed", type=seed, default=0, help="of the choice of the steps")
 
 
 def run_data(options: argparse.Namespace) -> None:
@@ -93,15 +95,14 @@ def run_validate(options: argparse.Namespace) -> None:
 
 def run_convert(options: argparse.Namespace) -> None:
     """Write a dataset to another file, HDF5 or .npz, with all its arrays and metadata."""
-    from dydiff.data import read_dataset, write_dataset
-    from dydiff.data.files import SUFFIXES
+    from dydiff.data import dataset_from_arrays, read_dataset, write_dataset
+    from dydiff.data.writer import check_suffix
 
-    target = Path(options.target).expanduser()
-    if target.suffix.lower() not in SUFFIXES:
-        raise DydiffError(f"The target {str(target)!r} must end in one of {', '.join(SUFFIXES)}.")
+    target = check_suffix(options.target)
     if target.exists() and not options.force:
         raise DydiffError(f"{str(target)!r} exists. Give another target, or --force to replace it.")
     raw = read_dataset(options.dataset)
+    dataset_from_arrays(raw.arrays, raw.name, raw.path)  # what is wrong is the source's fault, not the target's
     print(f"Dataset: {write_dataset(target, raw.arrays, raw.metadata)}")
 
 

@@ -9,6 +9,7 @@ import argparse
 import difflib
 import functools
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +17,7 @@ from typing import Any, NoReturn
 from dydiff.errors import DydiffError
 
 RUNS = "training-runs"  # where runs go, and where stages look for each other's results
+MAX_SEED = 2**63 - 1  # as in experiment files
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,8 +39,17 @@ class Parser(argparse.ArgumentParser):
         super().error(message)
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with the defaults, where there is something to tell: not of what is off or absent until it is given."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        told = action.default is None or action.nargs == 0 or action.default in ("", []) or "(default:" in text
+        return text if told else super()._get_help_string(action)
+
+
 # Abbreviations are refused: a new option must not change what an old command means.
-make_parser = functools.partial(Parser, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+make_parser = functools.partial(Parser, allow_abbrev=False, formatter_class=Help)
 
 
 def parse_bool(text: str) -> bool:
@@ -86,11 +97,24 @@ def share(text: str) -> float:
     return value
 
 
+def seed(text: str) -> int:
+    """A whole number that every generator takes."""
+    value = int(text)
+    if not 0 <= value <= MAX_SEED:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and {MAX_SEED}")
+    return value
+
+
+def user_path(text: str) -> str:
+    """A path whose `~` is the home folder: in --outdir=~/runs the shell leaves it as it is."""
+    return os.path.expanduser(text)
+
+
 def add_train_options(parser: argparse.ArgumentParser) -> None:
     """The options of train.py (SPEC section 9)."""
     number, count = positive(float), positive(int)
     parser.add_argument("-m", "--dataset", required=True, help="dataset: D4RL name, local name, or path to an HDF5 file")
-    parser.add_argument("--outdir", default=RUNS, help="where the run folder goes")
+    parser.add_argument("--outdir", type=user_path, default=RUNS, help="where the run folder goes")
     parser.add_argument("--name", default="", help="added to the run folder's name")
     parser.add_argument("--max_length_of_trajectory", type=count, default=100, help="horizon H of the model, in rows")
     parser.add_argument("--rl_model_type", default="UNet_RL", help="network: UNet_RL, Transformer_RL or MLP_RL")
@@ -120,9 +144,10 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="of UNet_RL's matrix products; weights and their update stay float32; auto: bf16 where the hardware has it",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    parser.add_argument("--seed", type=seed, default=0, help="of everything random")
     parser.add_argument("--device", default="auto", help="cuda:0, cpu, ...; auto takes a GPU if there is one")
-    parser.add_argument("--resume", default=None, metavar="RUN", help="run folder to continue with the same options")
+    resumed = "run folder to continue with the same options"
+    parser.add_argument("--resume", type=user_path, default=None, metavar="RUN", help=resumed)
     parser.add_argument("--folder", default=None, help=argparse.SUPPRESS)  # for `workers.run_jobs`: the very run folder
     add_parent_option(parser)
     parser.add_argument("-n", "--dry-run", action="store_true", help="load and check everything, print it, and stop")
@@ -165,11 +190,11 @@ def training_settings(options: argparse.Namespace) -> dict[str, Any]:
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """The options of run_experiment.py (SPEC section 9)."""
-    parser.add_argument("-e", "--experiment", required=True, help="experiment file (YAML)")
+    parser.add_argument("-e", "--experiment", type=user_path, required=True, help="experiment file (YAML)")
     parser.add_argument("--dataset", default=None, help="another dataset, with its entry in exp_specs/datasets.yaml applied")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override any setting; repeatable")
     parser.add_argument("--device", default=None, help="cpu, cuda:0, ...; default: the file's gpu ids")
-    parser.add_argument("--outdir", default=RUNS, help="where run folders go and trained models are looked for")
+    parser.add_argument("--outdir", type=user_path, default=RUNS, help="where run folders go and trained models are looked for")
     parser.add_argument(
         "--resume", action="store_true", help="continue what is unfinished, and policies that now have more epochs; skip the rest"
     )
@@ -192,19 +217,19 @@ def add_collect_options(parser: argparse.ArgumentParser) -> None:
     """The options of `dydiff collect`."""
     parser.add_argument("name", help="dataset to make, for example maze2d-umaze-local or hopper-medium-local")
     parser.add_argument("--steps", type=positive(int), default=1_000_000, help="environment steps")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    parser.add_argument("--seed", type=seed, default=0, help="of everything random")
     where = "file to write, .hdf5 or .npz (default: the dataset's place in the cache folder)"
-    parser.add_argument("--path", default=None, help=where)
+    parser.add_argument("--path", type=user_path, default=None, help=where)
     parser.add_argument("--force", action="store_true", help="replace the file if it exists")
     parser.add_argument("--processes", type=positive(int), default=None, help="that record locomotion (default: one a core)")
 
 
 def add_report_options(parser: argparse.ArgumentParser) -> None:
     """The options of `dydiff report`."""
-    parser.add_argument("--outdir", default=RUNS, help="folder with the runs to report on")
+    parser.add_argument("--outdir", type=user_path, default=RUNS, help="folder with the runs to report on")
     parser.add_argument("--dataset", required=True, help="dataset that the runs were trained on")
     parser.add_argument("--starts", type=positive(int), default=64, help="rollouts that are compared with the simulator")
-    parser.add_argument("--seed", type=int, default=0, help="of the comparison")
+    parser.add_argument("--seed", type=seed, default=0, help="of the comparison")
     parser.add_argument("--device", default="auto", help="cuda:0, cpu, ...; auto takes a GPU if there is one")
 
 
@@ -218,8 +243,10 @@ def add_sampler_quality_options(parser: argparse.ArgumentParser) -> None:
 
 def add_import_options(parser: argparse.ArgumentParser) -> None:
     """The options of `dydiff import`."""
-    parser.add_argument("file", help="published network-snapshot-*.pkl, dynamics or reward .pkl, or policy snapshot")
+    published = "published network-snapshot-*.pkl, dynamics or reward .pkl, or policy snapshot"
+    parser.add_argument("file", type=user_path, help=published)
     parser.add_argument("--dataset", required=True, help="dataset that it was trained on")
     parser.add_argument("--environment", default=None, help="environment, where neither name nor file of the dataset tells it")
     parser.add_argument("--horizon", type=positive(int), default=None, help="of a diffusion model whose file does not say it")
-    parser.add_argument("--out", default=None, help="checkpoint to write (default: the file's name with .safetensors)")
+    written = "checkpoint to write (default: the file's name with .safetensors)"
+    parser.add_argument("--out", type=user_path, default=None, help=written)

@@ -6,16 +6,21 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import h5py
+import numpy as np
 import pytest
 import tiny
 from conftest import DATASET, check_refusal, check_usage
 
+from dydiff.cli import quiet_without_readers
+from dydiff.config import RANGES
+from dydiff.options import MAX_SEED
 from dydiff.runs import read_log, read_run
 
 REPOSITORY = Path(__file__).parents[1]
@@ -42,7 +47,9 @@ def test_help_names_every_command_and_option(command):
     assert all(f"\n    {name} " in listing for name in COMMANDS) and "worker" not in listing
     for name in COMMANDS:
         outcome = command(name, "--help")
-        assert outcome.status == 0 and "None" not in outcome.output.split("(default:")[0]
+        assert outcome.status == 0 and "None" not in outcome.output
+        for text in " ".join(outcome.output.split()).split(" --"):  # option by option
+            assert text.count("(default:") <= 1 and "(default: False)" not in text, text
 
 
 def test_misspelt_commands_and_options(command):
@@ -69,6 +76,50 @@ def test_misspelt_commands_and_options(command):
 )
 def test_impossible_values_of_options(command, option):
     check_usage(command("train", "-m", "x", option), option.partition("=")[0], option.partition("=")[2])
+
+
+@pytest.mark.parametrize("value", ["-1", "1.5", "x", str(2**63)])
+def test_impossible_seeds(command, value):
+    """The same are refused everywhere, experiment files included."""
+    for words in (["train", "-m", "x"], ["collect", "x"], ["report", "--dataset=x"], ["sampler-quality", "--dataset=x"]):
+        check_usage(command(*words, f"--seed={value}"), "argument --seed", value)
+    assert (0, MAX_SEED) == RANGES["seed"] == RANGES["seeds"] == RANGES["eval_env_seed"]
+
+
+def test_the_home_folder_in_paths(train, command, dataset, tmp_path, monkeypatch):
+    """In `--outdir=~/runs` bash leaves `~` as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    tiny.write_experiment(tmp_path / "a.yaml", "reward", dataset)
+    assert command("run", "-e=~/a.yaml", "--device=cpu", "--outdir=~/here").status == 0
+    assert train(dataset, "--outdir=~/here").status == 0
+    assert len(list((tmp_path / "here").iterdir())) == 2
+    refused = train(dataset, "--resume=~/here/none")
+    check_refusal(refused, f"'{tmp_path}/here/none' is not a run folder")
+    check_refusal(command("import", "~/none.pkl", f"--dataset={dataset}"), f"{tmp_path}/none.pkl")
+    assert command("collect", dataset, "--steps=20", "--path=~/b.hdf5").status == 0
+    assert command("data", "inspect", "~/b.hdf5", "--picture=~/b.png").status == 0
+    assert (tmp_path / "b.hdf5").is_file() and (tmp_path / "b.png").is_file() and not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["data", "list"], ["data", "validate", "bad.npz"]])
+def test_output_that_nobody_reads_ends_quietly(arguments, tmp_path):
+    """As behind `| head -1`: no traceback, and the status of a tool that SIGPIPE ends."""
+    np.savez(tmp_path / "bad.npz", observations=np.zeros((3, 2)))
+    command = [sys.executable, "-m", "dydiff.cli", *arguments]
+    # Unbuffered, argparse would see the pipe first, and end as well as if it had written.
+    own = {"PYTHONPATH": str(REPOSITORY), "D4RL_DATASET_DIR": str(tmp_path), "PYTHONUNBUFFERED": ""}
+    environment = {**os.environ, **own}
+    process = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    told = process.stderr.read()
+    assert process.wait() == 128 + signal.SIGPIPE
+    assert told == "" or told.startswith("error: Dataset 'bad.npz' has ") and len(told.splitlines()) == 1
+
+
+def test_other_broken_pipes_are_not_hidden():
+    with pytest.raises(BrokenPipeError), quiet_without_readers():
+        raise BrokenPipeError
 
 
 def test_booleans_as_people_type_them(command):

@@ -11,7 +11,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from conftest import DATASET
+from conftest import DATASET, check_refusal, check_usage
 
 from dydiff.collect import collect
 from dydiff.data import RawDataset, load_dataset, read_dataset, write_dataset
@@ -128,6 +128,7 @@ def test_inspect_without_an_end_of_an_episode(command, tmp_path):
         {"timeouts": np.zeros(ROWS - 1)},
         {"rewards": np.zeros((ROWS, 2))},
         {"actions": np.full((ROWS, 3), b"x")},
+        {key: values[:0] for key, values in make_arrays().items()},
     ],
 )
 def test_inspect_refuses_rows_that_do_not_belong_together(command, tmp_path, change):
@@ -239,6 +240,13 @@ def test_conversion_replaces_only_by_force(command, tmp_path):
     assert outcome.status == 1 and ".npz" in outcome.errors
 
 
+def test_conversion_blames_the_source(command, tmp_path):
+    source, target = tmp_path / "nan.npz", tmp_path / "e.hdf5"
+    np.savez(source, **{**make_arrays(), "rewards": np.full(ROWS, np.nan)})
+    check_refusal(command("data", "convert", source, target), f"Dataset '{source}': rewards holds NaN")
+    assert not target.exists()
+
+
 # check-dynamics
 
 
@@ -299,6 +307,7 @@ def test_what_cannot_be_replayed(command, hopper, tmp_path):
     outcome = command("data", "check-dynamics", hopper, "--environment=walker2d")
     assert outcome.status == 1 and "walker2d needs" in outcome.errors
     assert "at least 1" in command("data", "check-dynamics", hopper, "--rows=0").errors
+    check_usage(command("data", "check-dynamics", hopper, "--seed=-1"), "--seed", "-1")
     np.savez(tmp_path / "x.npz", **make_arrays())
     assert "--environment" in command("data", "check-dynamics", tmp_path / "x.npz").errors
     np.savez(tmp_path / "x.npz", observations=np.zeros((3, 11)))
