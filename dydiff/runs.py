@@ -27,6 +27,7 @@ from dydiff.events import EventFile
 
 STATE = "state.safetensors"
 LOG = "log.jsonl"
+LOCK = ".lock"
 
 
 class Stage(Protocol):
@@ -53,7 +54,9 @@ class Stage(Protocol):
 
 
 class Run:
-    """One run folder, opened for writing by one process; `about` joins the dataset's name in every manifest.
+    """One run folder, held by one process; `about` joins the dataset's name in every manifest.
+
+    Nothing in the folder changes before `begin`: a run whose resuming is refused stays what it was.
 
     Raises:
         DydiffError: the folder cannot be written, another process works in it, or it holds another kind's or dataset's run.
@@ -65,21 +68,18 @@ class Run:
         self.folder = Path(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115 - held for the life of the run
+            self._lock = open(self.folder / LOCK, "w")  # noqa: SIM115 - held for the life of the run
         except OSError as error:
             raise DydiffError(f"Cannot write to the run folder '{folder}': {error}. Choose another --outdir.") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise DydiffError(f"Another process is working in '{folder}'. Wait for it, or choose another --outdir.") from error
-        for leftover in self.folder.glob(".*.part"):  # what a killed process was writing; the lock says that nobody is now
-            leftover.unlink()
         self.manifest = {"dataset": dataset.name, "fingerprint": dataset.fingerprint, **(about or {})}
         self._check_same(kind)
         self.kind = kind
         self.settings = settings
-        self._write_status("running")
-        write_atomically(self.folder / "settings.yaml", lambda path: path.write_text(yaml.safe_dump(settings, sort_keys=False)))
+        self._begun = False
         self._events: EventFile | None = None  # once there is something to log
 
     def _check_same(self, kind: str) -> None:
@@ -129,21 +129,44 @@ class Run:
             ) from error
 
     def restore(self, stage: Stage) -> int:
-        """Load the saved state, or save the initial one, and forget log lines that come after it; returns the epochs done."""
-        if (self.folder / STATE).is_file():
-            state, manifest = load_checkpoint(self.folder / STATE, "training state")
-            try:
-                torch.set_rng_state(state["torch_rng"])
-                if state["cuda_rng"] is not None:
-                    torch.cuda.set_rng_state_all(state["cuda_rng"])
-                stage.load_state_dict(state["stage"])
-            except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-                raise DydiffError(
-                    f"'{self.folder / STATE}', written by dydiff {manifest['dydiff']}, perhaps on another device, does not fit "
-                    f"this run ({' '.join(str(error).split())[:300]}). Continue where it was written, or remove it to "
-                    "start over."
-                ) from error
-        else:
+        """Load the saved state where there is one, then begin; returns the epochs done."""
+        self.load(stage)
+        return self.begin(stage)
+
+    def load(self, stage: Stage, name: str = STATE) -> None:
+        """Put what the file `name` holds into the stage, unless there is none.
+
+        Raises:
+            DydiffError: it is damaged, or does not fit the stage.
+        """
+        file = self.folder / name
+        if not file.is_file():
+            return
+        state, manifest = load_checkpoint(file, "training state")
+        try:
+            torch.set_rng_state(state["torch_rng"])
+            if state["cuda_rng"] is not None:
+                torch.cuda.set_rng_state_all(state["cuda_rng"])
+            stage.load_state_dict(state["stage"])
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise DydiffError(
+                f"'{file}', written by dydiff {manifest['dydiff']}, perhaps on another device, does not fit this run "
+                f"({' '.join(str(error).split())[:300]}). Continue where it was written, or remove it to start over."
+            ) from error
+
+    def begin(self, stage: Stage) -> int:
+        """Note that the run goes on from where the stage is, save its state if none is, and forget log lines after it.
+
+        Returns the epochs done.
+        """
+        for leftover in self.folder.glob(".*.part"):  # what a killed process was writing; the lock says that nobody is now
+            leftover.unlink()
+        # First the status: with the settings of more epochs, what is still marked as finished would be taken for done.
+        self._write_status("running")
+        self._begun = True
+        settings = yaml.safe_dump(self.settings, sort_keys=False)
+        write_atomically(self.folder / "settings.yaml", lambda path: path.write_text(settings))
+        if not (self.folder / STATE).is_file():
             self.save_state(stage)
         kept = [line for line in read_log(self.folder) if line["epoch"] <= stage.epoch]
         text = "".join(json.dumps(line) + "\n" for line in kept)
@@ -158,9 +181,10 @@ class Run:
         return stage.epoch
 
     def close(self, status: str) -> None:
-        """Note how the run ended and let go of the folder; raises DydiffError where the note cannot be written."""
+        """Note how the run ended, if it has begun, and let go of the folder; raises DydiffError where that cannot be written."""
         try:
-            self._write_status(status)
+            if self._begun:
+                self._write_status(status)
         finally:
             if self._events is not None:
                 self._events.close()
@@ -275,6 +299,8 @@ def removed_if_empty(folder: Path) -> Iterator[None]:
         yield
     except BaseException:
         with contextlib.suppress(OSError):
+            if os.listdir(folder) == [LOCK]:
+                (folder / LOCK).unlink()
             folder.rmdir()
         raise
 

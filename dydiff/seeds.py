@@ -74,16 +74,25 @@ class SeedRuns:
         """Load the saved states, or save the initial ones; returns the epochs done.
 
         Raises:
-            DydiffError: the seeds stand at different epochs, because they were not trained together before.
+            DydiffError: the seeds stand at different epochs, because they were not trained together before; all folders are then
+                as they were.
         """
-        self._settle()
-        epochs = [run.restore(trainer) for run, trainer in zip(self.runs, stage.trainers, strict=True)]
+        names = self._find_states()
+        for run, trainer, name in zip(self.runs, stage.trainers, names, strict=True):
+            run.load(trainer, name)
+        epochs = [trainer.epoch for trainer in stage.trainers]
         if len(set(epochs)) > 1:
             places = ", ".join(f"'{run.folder}' at {epoch}" for run, epoch in zip(self.runs, epochs, strict=True))
             raise DydiffError(
                 f"Seeds that train together must stand at the same epoch, but these were trained apart: {places}. Finish those "
                 "that are behind one by one: --set seed=N --resume."
             )
+        for run, name in zip(self.runs, names, strict=True):  # finish or undo a `save_state` that was cut short
+            if name == NEXT_STATE:
+                os.replace(run.folder / NEXT_STATE, run.folder / STATE)
+            (run.folder / NEXT_STATE).unlink(missing_ok=True)
+        for run, trainer in zip(self.runs, stage.trainers, strict=True):
+            run.begin(trainer)
         return epochs[0]
 
     def save_state(self, stage: SeedTrainers) -> int:
@@ -94,18 +103,13 @@ class SeedRuns:
             os.replace(run.folder / NEXT_STATE, run.folder / STATE)
         return stage.epoch
 
-    def _settle(self) -> None:
-        """Finish or undo a `save_state` that was cut short: the newest epoch that every folder can provide counts."""
+    def _find_states(self) -> list[str]:
+        """The file of each run that holds the newest epoch which all can provide: a `save_state` may have been cut short."""
         if not any((run.folder / NEXT_STATE).is_file() for run in self.runs):
-            return
-        epochs = [{_epoch_of(run.folder / name) for name in (STATE, NEXT_STATE)} - {None} for run in self.runs]
-        common = max(set.intersection(*epochs), default=None)
-        for run in self.runs:
-            unsettled = run.folder / NEXT_STATE
-            if common is not None and _epoch_of(unsettled) == common:
-                os.replace(unsettled, run.folder / STATE)
-            else:
-                unsettled.unlink(missing_ok=True)
+            return [STATE] * len(self.runs)
+        names = [{_epoch_of(run.folder / name): name for name in (NEXT_STATE, STATE)} for run in self.runs]  # by epoch
+        common = max(set.intersection(*map(set, names)) - {None}, default=None)
+        return [STATE if common is None else each[common] for each in names]
 
     def log(self, epoch: int, record: SeedRecord) -> None:
         self.runs[record.index].log(epoch, record)

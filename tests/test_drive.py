@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -153,6 +154,24 @@ def test_models_that_are_replaced_between_start_and_resume(run_stage, dataset, m
     check_refusal(outcome, "began with another model", str(models[REWARD]), "Put the old file back")
     models[REWARD].write_bytes(whole)
     check_refusal(run_stage("td3_bc", dataset, CPU, *use(models), "--resume"), "diverged in update 18")
+
+
+def write_status(run: Path, status: str) -> None:
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**record, "status": status}))
+
+
+def test_a_state_that_does_not_fit_leaves_the_run_as_it_was(train, dataset, tmp_path):
+    assert train(dataset).status == 0
+    run = only_run(tmp_path / "runs")
+    write_status(run, "interrupted")
+    before = {file: file.read_bytes() for file in run.iterdir()}
+    check_refusal(train(dataset, f"--resume={run}", "--duration=0.0001"), "Resume it with a longer --duration")
+    assert {file: file.read_bytes() for file in run.iterdir()} == before
+    state = run / "state.safetensors"
+    state.write_bytes(b"?" + before[state])
+    check_refusal(train(dataset, f"--resume={run}"), "state.safetensors", "damaged")
+    assert {file: file.read_bytes() for file in run.iterdir()} == {**before, state: b"?" + before[state]}
 
 
 def test_out_of_memory_in_an_epoch_says_where_to_go_on(run_stage, dataset, tmp_path, monkeypatch):

@@ -200,6 +200,25 @@ def test_finished_seeds_are_left_alone_and_unequal_ones_refused(run, tmp_path):
     check_refusal(run("runs", "td3_bc", "seeds=[1, 4]", resume=True), "same epoch", "at 8", "at 0", "--set seed=N")
 
 
+def contents(root: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in root.rglob("*") if file.is_file()}
+
+
+def test_a_refused_resume_changes_nothing(run, tmp_path):
+    assert run("runs", "td3_bc", "seeds=[0, 1]", "rl_trainer_params.num_epochs=2").status == 0
+    folders, root = policies(tmp_path / "runs"), tmp_path / "runs"
+    shutil.copy(folders[1] / STATE, folders[1] / NEXT_STATE)  # as a kill between two renames leaves them
+    before = contents(root)
+    for _ in range(2):
+        longer = run("runs", "td3_bc", "seeds=[0, 1, 2]", "rl_trainer_params.num_epochs=4", resume=True)
+        check_refusal(longer, "same epoch", "at 2", "at 0")
+        assert contents(root) == before and policies(root) == folders
+    outcome = run("runs", "td3_bc", "seeds=[0, 1]", "rl_trainer_params.num_epochs=2", resume=True)
+    assert outcome.status == 0 and outcome.output.count("Already finished") == 2
+    assert run("runs", "td3_bc", "seeds=[0, 1]", "rl_trainer_params.num_epochs=4", resume=True).status == 0
+    assert policies(root) == folders and [len(read_log(folder)) for folder in folders.values()] == [4, 4]
+
+
 @pytest.mark.parametrize(
     "overrides, parts",
     [
