@@ -22,7 +22,7 @@ from dydiff.experiment import flatten
 from dydiff.models import DIFFUSION, DYNAMICS, POLICY, Policy, load_diffusion_model, load_policy
 from dydiff.policy_stage import UPDATES_PER_EPOCH, build_rollouts, find_models
 from dydiff.problem import Problem, load_problem
-from dydiff.runs import list_runs, read_log, read_run, read_settings
+from dydiff.runs import list_runs, read_log, read_settings, recorded_models
 from dydiff.trainer import Rollouts
 from dydiff.uncertainty import bootstrap_interval, standard_error
 
@@ -225,7 +225,7 @@ def group_runs(runs: Sequence[PolicyRun]) -> list[Variant]:
 
 def models_of(run: PolicyRun, problem: Problem, root: Path) -> dict[str, list[str]]:
     """The models that a run's rollouts used; for a run without rollouts, those that its settings would find now."""
-    return (read_run(run.folder) or {}).get("models") or find_models(run.constants, problem, root)
+    return recorded_models(run.folder, root)[0] or find_models(run.constants, problem, root)
 
 
 def behaviour_return(dataset: Dataset, steps: int) -> float:

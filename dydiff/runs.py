@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import json
 import os
 import re
@@ -20,7 +21,7 @@ import torch
 import yaml
 
 from dydiff import __version__
-from dydiff.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from dydiff.checkpoint import digest_file, load_checkpoint, save_checkpoint, write_atomically
 from dydiff.data import Dataset
 from dydiff.errors import DydiffError
 from dydiff.events import EventFile
@@ -289,6 +290,39 @@ def find_model(root: Path, kind: str, dataset: Dataset, path: str) -> Path:
     raise DydiffError(
         f"No finished {kind} run on dataset '{dataset.name}' under '{root}'. Train one there first, or give its path "
         "instead of 'auto'."
+    )
+
+
+def recorded_models(folder: Path, root: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """The models that the run in `folder` began with, as run.json names them: files by kind, and their digests then by file.
+
+    A file that is not there any more, because its folder was moved, is found by its name and its folder's name under `root`: the
+    digest tells that it is the same one. Both are empty for a run that has used none.
+
+    Raises:
+        DydiffError: a file is nowhere.
+    """
+    record = read_run(folder) or {}
+    models, digests = record.get("models", {}), record.get("model_digests", {})
+    files = {path: _find_again(path, digests.get(path), folder, root) for paths in models.values() for path in paths}
+    present = {kind: [files[path] for path in paths] for kind, paths in models.items()}
+    return present, {file: digests[path] for path, file in files.items() if path in digests}
+
+
+def _find_again(path: str, digest: str | None, folder: Path, root: Path) -> str:
+    def places() -> Iterator[Path]:
+        yield Path(path)
+        yield from sorted(Path(root).glob("/".join(["**", *map(glob.escape, Path(path).parts[-2:])])))
+
+    if digest is not None:  # older runs have none
+        for file in places():
+            if os.path.isfile(file) and digest_file(file) == digest:
+                return str(file.resolve())
+    if os.path.isfile(path):  # with another content: it is for those who go on with the run to refuse it
+        return path
+    raise DydiffError(
+        f"'{Path(folder) / 'run.json'}' names the model '{path}', with which the run began; it is not there, and under '{root}' no "
+        f"'{'/'.join(Path(path).parts[-2:])}' has its content. Put the file back at one of the two places, or train a new run."
     )
 
 

@@ -32,7 +32,7 @@ from dydiff.policy_stage import build_policies, find_models
 from dydiff.problem import Problem, fit_environment, load_problem
 from dydiff.progress import Progress, say
 from dydiff.reward import RewardModel
-from dydiff.runs import Run, read_run
+from dydiff.runs import Run, recorded_models
 from dydiff.seeds import SeedRuns, SeedTrainers
 
 KINDS = {"dynamics": DYNAMICS, "reward": REWARD}
@@ -125,8 +125,8 @@ def run_variants(
     about: dict[str, Any] = {"description": description} if description else {}
     if variant.is_policy:
         # A resumed run continues with the models that it began with, whatever has been trained since.
-        records = [read_run(folder) or {} for folder in folders]
-        began_with = [record["models"] for record in records if record.get("models")]
+        recorded = [recorded_models(folder, root) for folder in folders]
+        began_with = [models for models, _ in recorded if models]
         if any(models != began_with[0] for models in began_with):
             raise DydiffError(
                 f"The runs in {', '.join(map(str, folders))} began with different models and cannot train together. Continue them "
@@ -137,8 +137,8 @@ def run_variants(
             models = find_models(variant.constants, problem, root)
         # Scores of different simulators do not compare, so the name of this one stays beside them.
         about |= {"models": models, "model_digests": digest_models(models), "simulator": problem.simulator}
-        for record in records:
-            check_unchanged(record.get("model_digests", {}), about["model_digests"])
+        for _, digests in recorded:
+            check_unchanged(digests, about["model_digests"])
         trainers = build_policies(variants, problem, device, models, progress)
         stage = trainers[0] if len(trainers) == 1 else SeedTrainers(trainers)
         pace = trainers[0].updates_per_epoch

@@ -21,6 +21,7 @@ from dydiff.models import DIFFUSION, DYNAMICS, REWARD
 from dydiff.runs import read_log, read_run
 
 CPU = "--device=cpu"
+MODELS = ("dyn_model_params", "model_params")
 
 
 def only_run(root: Path) -> Path:
@@ -172,6 +173,51 @@ def test_a_state_that_does_not_fit_leaves_the_run_as_it_was(train, dataset, tmp_
     state.write_bytes(b"?" + before[state])
     check_refusal(train(dataset, f"--resume={run}"), "state.safetensors", "damaged")
     assert {file: file.read_bytes() for file in run.iterdir()} == {**before, state: b"?" + before[state]}
+
+
+def figures(run: Path) -> list[dict[str, float]]:
+    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in read_log(run)]
+
+
+def test_a_moved_outdir_keeps_its_models(run_stage, command, trained, dataset, tmp_path):
+    """Wherever it lies, a run goes on with the very models it began with; even if others lie where those were."""
+
+    def train(root: Path, epochs: int, *more: str) -> Path:
+        options = ["--set=rl_trainer_params.num_epochs=" + str(epochs), *(f"--set={word}.load_path=auto" for word in MODELS)]
+        assert run_stage("td3_bc", dataset, CPU, *options, *more, root=root).status == 0
+        (run,) = root.glob("*-td3_bc-s0")
+        return run
+
+    whole, old, new = tmp_path / "whole", tmp_path / "old", tmp_path / "else[where]"
+    for root in (whole, old):
+        shutil.copytree(trained, root)
+    expected = figures(train(whole, 4))
+    train(old, 2)
+    old.rename(new)
+    report = "report", f"--dataset={dataset}", "--starts=2", CPU
+    quality = "sampler-quality", f"--dataset={dataset}", "--starts=2", "--first=5", "--warm=2", "--warm_sigma=0.3", CPU
+    for words in (report, quality):
+        assert command(*words, f"--outdir={new}").status == 0
+    shutil.copytree(trained, old)
+    for file, kind in ((file, read_run(file.parent)["kind"]) for file in old.glob("*/model.safetensors")):
+        if kind == REWARD:
+            rewrite(file, kind, lambda tree, manifest: next(iter(tree.values())).add_(0.1))
+    run = train(new, 4, "--resume")
+    assert figures(run) == expected
+    record = read_run(run)
+    paths = [Path(path) for paths in record["models"].values() for path in paths]
+    assert {path.parents[1] for path in paths if "reward" in path.parent.name} == {new.resolve()}
+    assert record["model_digests"].keys() == set(map(str, paths))
+
+    shutil.rmtree(old)
+    for file in new.glob("*/model.safetensors"):
+        file.unlink()
+    outcome = command(*report, f"--outdir={new}")
+    check_refusal(outcome, str(run / "run.json"), "model.safetensors", f"under '{new}'", "Put the file back")
+    before = (run / "run.json").read_text()
+    longer = run_stage("td3_bc", dataset, CPU, "--set=rl_trainer_params.num_epochs=5", "--resume", root=new)
+    check_refusal(longer, str(run / "run.json"), "Put the file back")
+    assert (run / "run.json").read_text() == before
 
 
 def test_out_of_memory_in_an_epoch_says_where_to_go_on(run_stage, dataset, tmp_path, monkeypatch):
