@@ -90,6 +90,16 @@ class PolicyEvaluator:
         return PolicyScore(*figures, time.perf_counter() - began)
 
 
+def module_command(module: str) -> list[str]:
+    """What starts a module of dydiff as a program of its own, found where this process finds it.
+
+    `python -m` would look in the working folder first, where a clone of the repository, which has the package's name, hides it.
+    """
+    path = list(map(str, sys.path))
+    code = f"import sys; sys.path[:] = {path!r}; import runpy; runpy.run_module({module!r}, run_name='__main__')"
+    return [sys.executable, "-c", code]
+
+
 class EvaluationWorker:
     """The same in a process of its own: `submit` returns at once, `take` waits for the result.
 
@@ -101,7 +111,7 @@ class EvaluationWorker:
         self._seeds: list[int] = []  # of all evaluations; the place of one is its ticket
         self._answers: list[dict[str, Any] | None] = []  # to the first of them; None once taken
         self._connection, theirs = Pipe()
-        command = [sys.executable, "-m", "dydiff.evaluation_worker", str(theirs.fileno())]
+        command = [*module_command("dydiff.evaluation_worker"), str(theirs.fileno())]
         # A session of its own: an interrupt from the terminal is for the training process alone, which then ends this one.
         self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True)
         theirs.close()

@@ -7,7 +7,6 @@ import dataclasses
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from dydiff.config import Constants, from_mapping
 from dydiff.device import find_device
 from dydiff.drive import Interrupted, Interrupts
 from dydiff.errors import DydiffError
+from dydiff.evaluation_worker import module_command
 from dydiff.experiment import Experiment, Variant, load_experiment
 from dydiff.progress import Progress, say
 from dydiff.runs import find_run_of, list_settings, new_folder, read_run, removed_if_empty
@@ -156,7 +156,7 @@ def run_jobs(jobs: Sequence[Job], devices: Sequence[str], num_workers: int) -> N
             while (queue or running) and not interrupts.received:
                 while queue and free_slots:
                     job, slot = queue.pop(0), free_slots.pop(0)
-                    command = [sys.executable, "-m", "dydiff.cli", *job.command]
+                    command = [*module_command("dydiff.cli"), *job.command]
                     command += ["--folder", *map(str, job.folders), "--device", devices[slot % len(devices)], "--end_with_parent"]
                     with open(job.folder / LOG, "a") as log:
                         # In a session of its own a worker gets one signal, ours; from the terminal it would get a second.

@@ -57,6 +57,19 @@ def test_sweep_with_a_failing_variant(run_stage, dataset, tmp_path, processes):
     assert not list(tmp_path.glob("**/*.part"))
 
 
+def test_workers_find_the_package_whatever_lies_in_the_working_folder(run_stage, dataset, tmp_path, monkeypatch):
+    """A clone of the repository has the package's name, and must not be taken for it from the folder around it."""
+    (tmp_path / "dydiff").mkdir()
+    (tmp_path / "dydiff" / "__init__.py").write_text("")  # in the place of what an editable installation lets go first
+    monkeypatch.chdir(tmp_path)
+    workers_too = "--set=meta_data.num_workers=2", "--set=rl_trainer_params.evaluation_worker=true"
+    settings = "--set=rl_trainer_params.real_ratio=1", "--set=rl_trainer_params.num_epochs=1"
+    outcome = run_stage("td3_bc", dataset, "--device=cpu", *workers_too, *settings, variables={"seed": [1, 2]})
+    runs = sorted((tmp_path / "runs").iterdir())
+    assert outcome.status == 0, [(run / "output.log").read_text() for run in runs]
+    assert [read_run(run)["status"] for run in runs] == ["finished", "finished"]
+
+
 def test_sweep_passes_a_signal_on_and_waits(run_stage, dataset, tmp_path, processes):
     def interrupt_when_training(seconds: float) -> None:
         """Stand in for the pause between looks at the workers."""
