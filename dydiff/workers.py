@@ -15,17 +15,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dydiff.config import Constants, from_mapping
+from dydiff.config import Constants, from_mapping, show
 from dydiff.device import find_device
 from dydiff.drive import Interrupted, Interrupts
 from dydiff.errors import DydiffError
 from dydiff.evaluation_worker import module_command
-from dydiff.experiment import Experiment, Variant, load_experiment
+from dydiff.experiment import Experiment, Variant, flatten, load_experiment
 from dydiff.progress import Progress, say
 from dydiff.runs import find_run_of, list_settings, new_folder, read_run, removed_if_empty
 from dydiff.stages import run_variants
 
 LOG = "output.log"
+FEW = 4  # settings in which a run differs that was perhaps to be continued
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ def _list_jobs(experiment: Experiment, command: list[str], root: Path, resume: b
             settings = describe(name, experiment.variants[index])
             folder = find_run_of(runs, settings, complete)
             shorter = find_run_of(runs, settings, partial(_lengthen, settings)) if folder is None else None
+            if folder is shorter is None:
+                _name_nearest(runs, settings)
             if shorter is not None:
                 folder, continues = shorter, True
             elif folder is not None and len(group) > 1 and _is_finished(folder):
@@ -104,6 +107,28 @@ def _list_jobs(experiment: Experiment, command: list[str], root: Path, resume: b
             first, *siblings = folders.values()
             jobs.append(Job(first, [*command, "--variant", *map(str, folders)], tuple(folders), tuple(siblings), continues))
     return jobs
+
+
+def _name_nearest(runs: Sequence[tuple[Path, dict[str, Any]]], settings: dict[str, Any]) -> None:
+    """Tell which of `runs` is the nearest to a new one that asks for the same, where a few settings keep it from being resumed."""
+    same, asked, near = {"dataset_name", "seed", *settings["variables"]}, _flatten(settings), []
+    for folder, stored in runs:
+        if any(stored.get(key) != settings[key] for key in ("experiment", "stage")):
+            continue
+        theirs = _flatten(complete(stored))
+        different = [key for key in {**theirs, **asked} if theirs.get(key) != asked.get(key)]
+        if 0 < len(different) <= FEW and same.isdisjoint(different):
+            pairs = [f"{key} was {show(theirs.get(key))}, now {show(asked.get(key))}" for key in different]
+            near.append((folder, pairs))
+    if near:
+        folder, pairs = min(near, key=lambda each: len(each[1]))
+        differing = ", ".join(pairs)
+        print(f"Starting a new run: '{folder}' was started with other settings: {differing}. Repeat them to resume it instead.")
+
+
+def _flatten(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as `describe` gives them, by dotted name."""
+    return flatten({"variables": settings.get("variables"), **settings.get("constants", {})})
 
 
 def skip_finished(jobs: Sequence[Job]) -> list[Job]:

@@ -70,6 +70,29 @@ def test_workers_find_the_package_whatever_lies_in_the_working_folder(run_stage,
     assert [read_run(run)["status"] for run in runs] == ["finished", "finished"]
 
 
+def test_a_run_that_is_not_resumed_is_named_with_what_differs(run_stage, dataset, tmp_path):
+    def run(*overrides: str, **variables: list) -> tuple[int, str]:
+        changes = [f"--set={text}" for text in ("meta_data.exp_name=mine", "model_params.max_epochs=2", *overrides)]
+        outcome = run_stage("reward", dataset, "--device=cpu", "--resume", *changes, variables=variables)
+        assert outcome.status == 0, outcome.errors
+        lines = [line for line in outcome.output.splitlines() if line.startswith("Starting a new run")]
+        return len(list((tmp_path / "runs").iterdir())), "; ".join(lines)
+
+    first, near = tmp_path / "runs" / "00000-mine-s0", "model_params.batch_size=16"
+    assert run() == (1, "")
+    assert run() == (1, "")
+    count, told = run(near, "model_params.max_epochs=1")
+    assert count == 2 and f"'{first}'" in told and "\n" not in told
+    assert "other settings: model_params.batch_size was 32, now 16, model_params.max_epochs was 2, now 1." in told
+    count, told = run(near)
+    assert count == 3 and "00001-mine" in told and told.count(" was ") == 2, "not the nearest"
+    # Another seed, experiment or value of what varies is another run, and one of many differences another thing.
+    assert run("seed=1") == (4, "")
+    assert run("meta_data.exp_name=other") == (5, "")
+    changes = [f"model_params.{name}" for name in ("lr=0.01", "patience=1", "steps_per_epoch=1", "hidden_dims=[4]")]
+    assert run(*changes, "model_params.max_epochs=3", "model_params.batch_size=8") == (6, "")
+
+
 def test_sweep_passes_a_signal_on_and_waits(run_stage, dataset, tmp_path, processes):
     def interrupt_when_training(seconds: float) -> None:
         """Stand in for the pause between looks at the workers."""
