@@ -131,15 +131,6 @@ def build_rollouts(constants: Constants, problem: Problem, device: str, files: d
     """
     params, dataset = constants.rl_trainer_params, problem.dataset
     models = [load_diffusion_model(file, dataset, device) for file in files[DIFFUSION]]
-    for model in models:
-        for option in ("include_action", "use_cond", "cond_on_action"):
-            if not model.manifest.get(option):
-                raise DydiffError(
-                    f"The diffusion model was trained with --{option}=False, but rollouts show it a start and the policy's "
-                    f"actions, of which it would make nothing. Train one with --{option}=True."
-                )
-        if model.horizon != models[0].horizon:
-            raise DydiffError(f"The diffusion models differ in their horizon: {[each.horizon for each in models]}.")
     dynamics = load_dynamics(*files[DYNAMICS], dataset, device, problem.spaces)
     reward = load_reward(*files[REWARD], dataset, device, problem.spaces)
     horizon = models[0].horizon
@@ -152,7 +143,7 @@ def build_rollouts(constants: Constants, problem: Problem, device: str, files: d
     sampler = constants.sampler_kwargs
     fast = FastMode(sampler.fast_first_evaluations, sampler.fast_warm_sigma, sampler.fast_warm_evaluations)
     engine = RolloutEngine(
-        [model.denoiser for model in models],
+        models,
         dynamics,
         problem.spaces.to(device),
         horizon,
