@@ -22,7 +22,7 @@ from dydiff.problem import Problem
 from dydiff.progress import Progress, say
 from dydiff.replay import ReplayBuffer
 from dydiff.rollout import RolloutEngine
-from dydiff.runs import find_model
+from dydiff.run_models import find_model
 from dydiff.terminal import terminal_function
 from dydiff.trainer import Evaluation, PolicyTrainer, Rollouts, Saving
 
