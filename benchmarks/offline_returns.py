@@ -39,7 +39,8 @@ from dydiff.errors import DydiffError
 from dydiff.experiment import ALGORITHMS
 from dydiff.models import DIFFUSION, DYNAMICS, REWARD
 from dydiff.options import add_train_options, make_parser, training_settings
-from dydiff.runs import find_model, find_run_of, list_settings, new_folder
+from dydiff.run_models import find_model
+from dydiff.runs import find_run_of, list_settings, new_folder
 from dydiff.workers import Job, list_jobs, run_jobs, skip_finished
 
 SECTIONS = {algorithm: section for section, algorithm in ALGORITHMS.items()}

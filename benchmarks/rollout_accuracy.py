@@ -69,7 +69,7 @@ from dydiff.errors import DydiffError
 from dydiff.models import DIFFUSION, load_diffusion_model, load_policy
 from dydiff.policy_runs import Subject, describe_models, load_subject
 from dydiff.rollout import Policy
-from dydiff.runs import find_model
+from dydiff.run_models import find_model
 from dydiff.tables import format_table, plus_minus
 from dydiff.uncertainty import mean_with_error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import copy
 import dataclasses
 import itertools
@@ -11,8 +10,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from dydiff.config import (
     Constants,
@@ -28,11 +25,9 @@ from dydiff.config import (
 )
 from dydiff.errors import DydiffError
 from dydiff.progress import say
+from dydiff.yaml_files import parse_yaml, read_yaml
 
 MAX_VARIANTS = 10_000
-MAX_BYTES = 200_000  # of a file; parsing takes some ten microseconds a byte
-MAX_VALUES, MAX_DEPTH = 100_000, 20  # of a file, aliases followed
-MAX_MERGED = 20  # mappings in one
 COMMON = ("dataset_name", "seed", "seeds", "env_specs")  # settings that every stage uses
 STAGE_SECTIONS = {"dyn_model_params": "dynamics", "model_params": "reward"}
 SCRIPT_WORDS = {"dyn": "dynamics", "rew": "reward", "td3": "td3_bc", "diffql": "diffusion_ql", "cql": "cql"}
@@ -87,7 +82,7 @@ def load_experiment(path: str | Path, overrides: list[str] = (), dataset: str | 
         DydiffError: the file cannot be read, or holds an unknown key, a wrong type, no variants or too many.
     """
     path = Path(path)
-    content = _read_yaml(path)
+    content = read_yaml(path)
     for key in content:
         if key not in ("meta_data", "variables", "constants"):
             raise unknown_key(f"{path}: {key}", str(key), ["meta_data", "variables", "constants"])
@@ -226,64 +221,10 @@ def _dataset_differences(path: Path, dataset: str, sections: set[str]) -> dict:
     for folder in path.resolve().parents:
         candidate = folder / "datasets.yaml"
         if candidate.is_file():
-            entry = _mapping(_read_yaml(candidate), dataset, candidate)
+            entry = _mapping(read_yaml(candidate), dataset, candidate)
             return {key: value for key, value in entry.items() if key not in ALGORITHMS or key in sections}
     say(f"No datasets.yaml lies beside {path} or above: what differs from one dataset to the next is not applied to {dataset}.")
     return {}
-
-
-def _read_yaml(path: Path) -> dict:
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise DydiffError(f"Cannot read '{path}': {error.strerror or error}.") from error
-    if len(text) > MAX_BYTES:
-        raise DydiffError(f"'{path}' is larger than {MAX_BYTES:,} bytes. Shorten it; what varies much is best varied from outside.")
-    content = _parse(text, f"'{path}' is not plain YAML")
-    if not isinstance(content, dict):
-        raise DydiffError(f"'{path}' must be a YAML mapping, not {type(content).__name__}.")
-    return content
-
-
-def _parse(text: str | bytes, complaint: str) -> Any:
-    """YAML's plain values. Whatever goes wrong is the text's fault; `complaint` begins the message."""
-    try:
-        content = yaml.load(text, _Loader)
-    except Exception as error:  # beside its own errors PyYAML raises those of what it calls: of a date, of a number, ...
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DydiffError(f"{complaint}: {reason[:400]}.") from error
-    remaining, level, depth = MAX_VALUES, [content], 0
-    while level:  # level by level, so that aliases, of which a few lines stand for 2^60 values, are counted and not followed
-        remaining, depth = remaining - len(level), depth + 1
-        if remaining < 0 or depth > MAX_DEPTH:
-            raise DydiffError(f"{complaint}: it stands for more than {MAX_VALUES:,} values, or is nested deeper than {MAX_DEPTH}.")
-        level = list(itertools.islice(itertools.chain.from_iterable(map(_children, level)), MAX_VALUES + 1))
-    return content
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, less keys that stand twice, and less merges (`<<: *name`) that multiply to millions of keys."""
-
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        counts = collections.Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        twice = [key for key, count in counts.items() if count > 1]
-        if twice:
-            raise yaml.constructor.ConstructorError(problem=f"the key '{twice[0]}' stands twice", problem_mark=node.start_mark)
-        return node
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        merged = [value for key, value in node.value if key.tag == "tag:yaml.org,2002:merge"]
-        count = sum(len(value.value) if isinstance(value, yaml.SequenceNode) else 1 for value in merged)
-        if count <= MAX_MERGED:
-            super().flatten_mapping(node)
-        if count > MAX_MERGED or len(node.value) > MAX_VALUES:
-            raise yaml.constructor.ConstructorError(problem="it merges too many mappings", problem_mark=node.start_mark)
-
-
-def _children(node: Any) -> Iterable[Any]:
-    return node.values() if isinstance(node, dict) else node if isinstance(node, (list, tuple, set)) else ()
 
 
 def _mapping(content: dict, key: str, path: Path) -> dict:
@@ -297,7 +238,7 @@ def _parse_override(text: str) -> tuple[str, Any]:
     key, separator, value = text.partition("=")
     if not separator or not key.strip():
         raise DydiffError(f"--set takes key=value, for example rl_trainer_params.num_epochs=2; '{text}' is not of that form.")
-    return key.strip(), _parse(value, f"--set {text[:80]}: the value is not YAML")
+    return key.strip(), parse_yaml(value, f"--set {text[:80]}: the value is not YAML")
 
 
 def _assign(tree: dict, dotted: str, value: Any) -> None:

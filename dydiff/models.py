@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dydiff.agents import AGENTS, Agent
+from dydiff.arguments import as_rows
 from dydiff.checkpoint import load_checkpoint
 from dydiff.data import Dataset, Limits, Spaces, ZScore
 from dydiff.diffusion.edm import Denoiser
@@ -23,7 +24,6 @@ from dydiff.finite import find_not_finite
 from dydiff.memory import is_out_of_memory
 from dydiff.networks import build_trajectory_network
 from dydiff.reward import RewardModel
-from dydiff.rollout import as_rows
 
 OneStep = TypeVar("OneStep", DynamicsEnsemble, RewardModel)
 

@@ -22,7 +22,8 @@ from dydiff.experiment import flatten
 from dydiff.models import DIFFUSION, DYNAMICS, POLICY, Policy, load_diffusion_model, load_policy
 from dydiff.policy_stage import UPDATES_PER_EPOCH, build_rollouts, find_models
 from dydiff.problem import Problem, load_problem
-from dydiff.runs import list_runs, read_log, read_settings, recorded_models
+from dydiff.run_models import recorded_models
+from dydiff.runs import list_runs, read_log, read_settings
 from dydiff.trainer import Rollouts
 from dydiff.uncertainty import bootstrap_interval, standard_error
 

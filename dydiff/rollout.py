@@ -10,12 +10,12 @@ import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from numbers import Integral
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from dydiff.arguments import as_rows, check_count, describe
 from dydiff.backends import SamplingDenoiser, prepare_denoiser
 from dydiff.capture import GraphedFunction, make_pool
 from dydiff.data import Spaces, Transitions
@@ -86,15 +86,15 @@ class RolloutEngine:
         capture: bool = True,
     ):
         if not isinstance(denoisers, Sequence):
-            raise DydiffError(f"denoisers must be a list of diffusion models, not {_describe(denoisers)}: put brackets around one.")
+            raise DydiffError(f"denoisers must be a list of diffusion models, not {describe(denoisers)}: put brackets around one.")
         if not denoisers:
             raise DydiffError("A rollout needs at least one diffusion model.")
-        _check_count("horizon", horizon, 1)
-        _check_count("iterations", iterations, 0)
-        _check_count("chunk_size (in files rl_trainer_params.each_rollout_size)", chunk_size, 1)
+        check_count("horizon", horizon, 1)
+        check_count("iterations", iterations, 0)
+        check_count("chunk_size (in files rl_trainer_params.each_rollout_size)", chunk_size, 1)
         _check_sampler(sampler)
         if not isinstance(fast, FastMode | None):
-            raise DydiffError(f"fast must be None or a dydiff.FastMode, for its defaults FastMode(), not {_describe(fast)}.")
+            raise DydiffError(f"fast must be None or a dydiff.FastMode, for its defaults FastMode(), not {describe(fast)}.")
         fitting = [_fitting_denoiser(model, spaces, horizon) for model in denoisers]
         self.denoisers = [prepare_denoiser(denoiser, backend, chunk_size) for denoiser in fitting]
         self.dynamics = dynamics
@@ -129,13 +129,13 @@ class RolloutEngine:
             DydiffError: an argument of another kind, shape or device, or a policy whose actions are.
         """
         iterations = self.iterations if iterations is None else iterations
-        _check_count("iterations", iterations, 0)
+        check_count("iterations", iterations, 0)
         if not callable(getattr(policy, "act", policy)):
-            raise DydiffError(f"policy must be a function of observations, an agent or a loaded policy, not {_describe(policy)}.")
+            raise DydiffError(f"policy must be a function of observations, an agent or a loaded policy, not {describe(policy)}.")
         remedy = "It holds observations in policy space: spaces.observation_raw_to_policy makes them of a tensor of raw ones."
         start = as_rows("start", start, None, self.spaces.observation_dim, self.spaces.device, remedy)
         if not isinstance(generator, torch.Generator) or generator.device.type != start.device.type:
-            given = f"one on {generator.device}" if isinstance(generator, torch.Generator) else _describe(generator)
+            given = f"one on {generator.device}" if isinstance(generator, torch.Generator) else describe(generator)
             raise DydiffError(f"generator must be a torch.Generator on {start.device}, not {given}.")
 
         def roll_out_chunk(part: Tensor) -> tuple[Tensor, ...]:
@@ -236,36 +236,9 @@ class RolloutEngine:
         return sampled
 
 
-def as_rows(name: str, values: Tensor, count: int | None, width: int, device: torch.device, remedy: str) -> Tensor:
-    """`values` in float32, if they are a tensor [count, width] (count None: any) on the device; nothing reads the numbers.
-
-    Raises:
-        DydiffError: they are not, and would be broadcast or fail somewhere else; it ends with the `remedy`.
-    """
-    if isinstance(values, Tensor):
-        if values.shape == (len(values) if count is None and values.ndim else count, width) and values.device == device:
-            return values.to(torch.float32)
-        given = f"one {list(values.shape)} on {values.device}"
-    else:
-        given = _describe(values)
-    wanted = f"[{'B' if count is None else count}, {width}] on {device}"
-    raise DydiffError(f"{name} must be a torch tensor {wanted}, not {given}. {remedy}")
-
-
-def _describe(value: object) -> str:
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return repr(value)
-    return f"an object of type {type(value).__module__}.{type(value).__qualname__}"
-
-
-def _check_count(name: str, value: int, least: int) -> None:
-    if not isinstance(value, Integral) or value < least:
-        raise DydiffError(f"{name} must be a whole number of at least {least}, not {_describe(value)}.")
-
-
 def _check_sampler(sampler: Mapping[str, float] | None) -> None:
     if not isinstance(sampler, Mapping | None):
-        raise DydiffError(f"sampler must be a dictionary of sample_edm's settings, not {_describe(sampler)}.")
+        raise DydiffError(f"sampler must be a dictionary of sample_edm's settings, not {describe(sampler)}.")
     for name in sampler or {}:
         if name not in SAMPLER_SETTINGS:
             nearest = difflib.get_close_matches(str(name).lower(), SAMPLER_SETTINGS, n=1)
@@ -280,7 +253,7 @@ def _fitting_denoiser(model: Denoiser | TrainedModel, spaces: Spaces, horizon: i
     """
     denoiser = getattr(model, "denoiser", model)
     if not isinstance(denoiser, Denoiser):
-        raise DydiffError(f"denoisers must hold what load_diffusion_model gives, or Denoisers, not {_describe(model)}.")
+        raise DydiffError(f"denoisers must hold what load_diffusion_model gives, or Denoisers, not {describe(model)}.")
     manifest = getattr(denoiser, "manifest", {})
     for option in ("include_action", "use_cond", "cond_on_action"):
         if not manifest.get(option, True):

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from dydiff.checkpoint import digest_file
 from dydiff.data import Limits, Windows, load_dataset
 from dydiff.diffusion.training import DiffusionTrainer, choose_precision
 from dydiff.drive import drive
@@ -32,7 +31,8 @@ from dydiff.policy_stage import build_policies, find_models
 from dydiff.problem import Problem, fit_environment, load_problem
 from dydiff.progress import Progress, say
 from dydiff.reward import RewardModel
-from dydiff.runs import Run, recorded_models
+from dydiff.run_models import check_unchanged, digest_models, recorded_models
+from dydiff.runs import Run
 from dydiff.seeds import SeedRuns, SeedTrainers
 
 KINDS = {"dynamics": DYNAMICS, "reward": REWARD}
@@ -153,20 +153,6 @@ def run_variants(
     with progress:
         watch = progress.watch(stage, one_by_one=not variant.is_policy)
         drive(stage, run, save_every, watch, lambda: progress.begin(length, unit, stage.epoch * pace))
-
-
-def digest_models(models: dict[str, list[str]]) -> dict[str, str]:
-    """The SHA-256 of every model file behind a run, in hexadecimal."""
-    return {path: digest_file(Path(path)) for paths in models.values() for path in paths}
-
-
-def check_unchanged(before: dict[str, str], now: dict[str, str]) -> None:
-    """Refuse to continue a run with other models than it began with, whose files bear the same names."""
-    changed = [path for path, digest in now.items() if before.get(path, digest) != digest]
-    if changed:
-        raise DydiffError(
-            f"The run began with another model than lies in {', '.join(changed)} now. Put the old file back, or start a new run."
-        )
 
 
 def train_diffusion(
