@@ -23,7 +23,7 @@ from dydiff.trainer import PolicyTrainer
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 STAGES = {"diffusion": DiffusionTrainer, "dynamics": OneStepStage, "reward": OneStepStage}
-ENDLESS = ["--set=dyn_model_params.patience=100000", "--set=model_params.patience=100000"]
+SECTIONS = {"dynamics": "dyn_model_params", "reward": "model_params"}
 
 
 @dataclass
@@ -67,9 +67,11 @@ def run_long(monkeypatch, run_stage, train, root: Path, dataset: str, stage: str
     if stage == "diffusion":
         outcome = train(dataset, "--tick=0.008", f"--duration={8e-6 * epochs}", *more)
     else:
-        section = {"dynamics": "dyn_model_params.max_epochs", "reward": "model_params.max_epochs"}
-        length = f"--set={section.get(stage, 'rl_trainer_params.num_epochs')}={epochs}"
-        outcome = run_stage(stage, dataset, "--device=cpu", length, *ENDLESS, *more, root=root)
+        changes = {"rl_trainer_params.num_epochs": epochs}
+        if section := SECTIONS.get(stage):
+            changes = {f"{section}.max_epochs": epochs, f"{section}.patience": 100_000}
+        settings = [f"--set={key}={value}" for key, value in changes.items()]
+        outcome = run_stage(stage, dataset, "--device=cpu", *settings, *more, root=root)
     assert outcome.status == 0, outcome.errors
     assert len(use.memory) == epochs
     (run,) = (folder for folder in root.glob("0*") if len(read_log(folder)) == epochs)
