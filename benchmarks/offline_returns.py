@@ -77,13 +77,15 @@ def run_task(dataset: str, options: argparse.Namespace) -> None:
     root = options.out / Path(dataset).stem
     root.mkdir(parents=True, exist_ok=True)
     models = find_models(dataset, root, options)
-    files = []
+    by_file = []
     for algorithm in options.algorithms:
+        others = tuple(f"{SECTIONS[other]}." for other in options.algorithms if other != algorithm)
+        changes = [text for text in options.set if not text.startswith(others)]
         for method in options.methods:
             file = root / f"{algorithm}-{method}.yaml"
             write_experiment(file, describe_policy(dataset, algorithm, method, models, options), options.seeds)
-            files.append(file)
-    by_seed = zip(*(list_jobs(file, options.set, root) for file in files), strict=True)
+            by_file.append(list_jobs(file, changes, root))
+    by_seed = zip(*by_file, strict=True)
     finish([job for jobs in by_seed for job in jobs], options)
 
 

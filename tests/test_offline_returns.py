@@ -168,3 +168,13 @@ def test_differences_are_to_the_same_base():
     (difference,) = compare([base, ours, *others])
     assert (difference["base"], difference["mean"]) == ("base", 4.5) and 2 < difference["interval"][0] < 4.5
     assert compare([ours, *others]) == []
+
+
+def test_a_setting_of_one_algorithm_leaves_the_others_alone(dataset, tmp_path, capfd):
+    changes = "--methods=base --seeds=0 --set td3_bc_params.alpha=2.0"
+    status, _, errors = run(capfd, tmp_path, dataset, f"--algorithms=td3_bc,cql {changes}")
+    assert status == 0, errors
+    (settings,) = (yaml.safe_load(file.read_text()) for file in tmp_path.glob("*/*td3_bc-base*/settings.yaml"))
+    assert settings["constants"]["td3_bc_params"]["alpha"] == 2.0 and len(products(tmp_path)) == 2
+    status, _, errors = run(capfd, tmp_path, dataset, f"--algorithms=cql {changes}")
+    assert status == 1 and "does not use td3_bc_params" in errors
