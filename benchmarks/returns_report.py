@@ -16,6 +16,7 @@ from dydiff.environments import environment_name, environment_spec
 from dydiff.errors import DydiffError
 from dydiff.models import DIFFUSION, DYNAMICS, POLICY, load_dynamics
 from dydiff.policy_runs import ALGORITHM_NAMES, behaviour_return, describe_models, find_policy_runs, group_runs
+from dydiff.run_models import recorded_models
 from dydiff.runs import list_runs, read_run, read_settings
 from dydiff.tables import format_markdown, plus_minus
 from dydiff.uncertainty import bootstrap_difference
@@ -67,7 +68,7 @@ def describe_task(root: Path, dataset_name: str) -> dict[str, Any]:
     scores = [variant.summary(dataset) | {"settings": variant.first.changed_settings} for variant in variants]
     for score in scores:
         score["folders"] = [Path(run).name for run in score["folders"]]
-    models = next((read_run(v.first.folder)["models"] for v in reversed(variants) if v.first.uses_dydiff), None)
+    models = next((recorded_models(v.first.folder, root)[0] for v in reversed(variants) if v.first.uses_dydiff), None)
     environment = environment_name(variants[0].first.constants.env_specs.env_name or dataset.environment)
     unfinished = [run.name for run, record in list_runs(root) if record["kind"] == POLICY and record["status"] != "finished"]
     records = [read_run(run.folder) for variant in variants for run in variant.runs.values()]
