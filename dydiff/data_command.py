@@ -140,13 +140,10 @@ def run_check_dynamics(options: argparse.Namespace) -> None:
 
 def _environment_of(raw, given: str | None) -> str | None:
     """The environment's name: as given, else from the metadata, else from the dataset's name."""
-    from dydiff.data import environment_of
+    from dydiff.data.dataset import environment_of_file
     from dydiff.environments import environment_name
 
-    if given is not None:
-        return environment_name(given)
-    stated = str(raw.metadata.get("environment", ""))
-    return environment_of(stated or raw.name) or stated or None
+    return environment_of_file(raw.name, raw.metadata) if given is None else environment_name(given)
 
 
 ACTIONS = {

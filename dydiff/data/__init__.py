@@ -1,6 +1,6 @@
 """Offline data: D4RL files, transitions, windows, the three spaces."""
 
-from dydiff.data.d4rl import dataset_path, dataset_url, environment_of, max_episode_steps, normalized_score
+from dydiff.data.d4rl import dataset_path, dataset_url, max_episode_steps, normalized_score
 from dydiff.data.dataset import COLLECTOR, Dataset, dataset_from_arrays
 from dydiff.data.download import download_dataset
 from dydiff.data.sources import RawDataset, load_dataset, read_dataset
@@ -24,7 +24,6 @@ __all__ = [
     "dataset_path",
     "dataset_url",
     "download_dataset",
-    "environment_of",
     "find_windows",
     "load_dataset",
     "make_transitions",

@@ -20,6 +20,12 @@ OPTIONAL = ("timeouts", "next_observations")
 COLLECTOR = "dydiff collect"  # `metadata/source` of the files that the local collector writes
 
 
+def environment_of_file(name: str, metadata: dict[str, Scalar]) -> str | None:
+    """The environment's name: from the metadata of a dataset, else from its own name, else None."""
+    stated = str(metadata.get("environment", ""))
+    return d4rl.environment_of(stated or name) or stated or None
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """An offline dataset in raw space: N consecutive environment steps, episode after episode."""
@@ -50,8 +56,7 @@ class Dataset:
     @property
     def environment(self) -> str | None:
         """The environment's name: from the metadata, else from the dataset's name, else None."""
-        stated = str(self.metadata.get("environment", ""))
-        return d4rl.environment_of(stated or self.name) or stated or None
+        return environment_of_file(self.name, self.metadata)
 
     @property
     def backend(self) -> str | None:
