@@ -2,14 +2,16 @@
 
     python benchmarks/learning_curves.py --dataset maze2d-umaze-local --seeds 0,1,2
     python benchmarks/learning_curves.py --dataset maze2d-umaze-local --seeds 0,1,2,3,4 --epochs 20 --json curves.jsonl
+    python benchmarks/learning_curves.py --dataset hopper-medium-replay-local --agent diffusion_ql --variants ours,bf16
 
-TD3+BC on the real transitions of a dataset, with the published settings. `published` is benchmarks/update_baselines.py: a module
-and an optimizer per network, replay in numpy, one seed after the other. `ours` is the trainer that `dydiff run` uses, with all
-seeds together (`seeds` in an experiment file) and the update mode of --mode. Both are evaluated alike after every epoch; they share
-nothing random but the seeds of the episodes, so they can agree within seed noise only.
+An agent on the real transitions of a dataset, with the published settings. `published` (TD3+BC only) is
+benchmarks/update_baselines.py: a module and an optimizer per network, replay in numpy, one seed after the other. `ours` is the
+trainer that `dydiff run` uses, with all seeds together (`seeds` in an experiment file) and the update mode of --mode; `bf16` is the
+same with `update_precision: bf16`. All are evaluated alike after every epoch. `published` shares nothing random with the others but
+the seeds of the episodes, so they can agree within seed noise only; `ours` and `bf16` draw the same, but small differences grow.
 
-The table shows mean returns over the seeds with their standard errors; the last line compares the means over the second half of
-training, with a 95 % bootstrap interval of the difference.
+The table shows mean returns over the seeds with their standard errors; the last lines compare the means over the second half of
+training with the first variant's, with a 95 % bootstrap interval of the difference.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from harness import append_lines, documented_parser, parse_integers
+from harness import append_lines, documented_parser, insist_on_known, parse_integers, parse_words
 from machine import describe_machine
 from update_baselines import TD3BC, Replay, sample_published
 
@@ -69,18 +72,18 @@ def train_published(problem: Problem, options: argparse.Namespace) -> tuple[np.n
     return np.array(curves), seconds / len(options.seeds)
 
 
-def train_ours(problem: Problem, options: argparse.Namespace) -> tuple[np.ndarray, float]:
-    """The same by dydiff's trainer."""
+def train_ours(precision: str, problem: Problem, options: argparse.Namespace) -> tuple[np.ndarray, float]:
+    """The same by dydiff's trainer, with products of a precision."""
     sizes = {"observation_dim": problem.dataset.observation_dim, "action_dim": problem.dataset.action_dim}
     spaces = problem.spaces.to(options.device)
     where = problem.spec, options.steps, LONGEST, None, options.device
-    evaluator = PolicyEvaluator(describe_evaluation("td3_bc", sizes, spaces, *where))
+    evaluator = PolicyEvaluator(describe_evaluation(options.agent, sizes, spaces, *where))
     transitions = problem.policy_transitions(options.device)
     real = ReplayBuffer.from_transitions(transitions, len(transitions.reward))
 
     def build(seed: int) -> PolicyTrainer:
         return PolicyTrainer(
-            AGENTS["td3_bc"](**sizes, device=options.device, generator=torch.Generator().manual_seed(seed)),
+            AGENTS[options.agent](**sizes, device=options.device, generator=torch.Generator().manual_seed(seed)),
             spaces,
             real,
             ReplayBuffer(1, *sizes.values(), options.device),
@@ -93,6 +96,7 @@ def train_ours(problem: Problem, options: argparse.Namespace) -> tuple[np.ndarra
             real_ratio=1.0,
             seed=seed,
             update_mode=options.mode,
+            update_precision=precision,
         )
 
     stage = SeedTrainers([build(seed) for seed in options.seeds])
@@ -108,26 +112,31 @@ def train_ours(problem: Problem, options: argparse.Namespace) -> tuple[np.ndarra
 
 VARIANTS: dict[str, Callable[[Problem, argparse.Namespace], tuple[np.ndarray, float]]] = {
     "published": train_published,
-    "ours": train_ours,
+    "ours": partial(train_ours, "float32"),
+    "bf16": partial(train_ours, "bf16"),
 }
 
 
 def compare(curves: dict[str, np.ndarray], updates: int) -> str:
-    """The table of two sets of curves [seeds, epochs], and how much their second halves differ."""
+    """The table of sets of curves [seeds, epochs], and how much the second half of each differs from that of the first."""
     rows = [["updates", *curves]]
-    for epoch in range(len(curves["ours"][0])):
+    for epoch in range(len(next(iter(curves.values()))[0])):
         columns = [curve[:, epoch] for curve in curves.values()]
         rows.append([f"{(epoch + 1) * updates:,}", *(plus_minus(each.mean(), standard_error(each), 1) for each in columns)])
-    late = {name: curve[:, curve.shape[1] // 2 :].mean(axis=1) for name, curve in curves.items()}
-    difference = late["ours"].mean() - late["published"].mean()
-    interval = bootstrap_difference(late["ours"], late["published"])
-    bounds = "" if interval is None else f" (95 % interval {interval[0]:.1f} .. {interval[1]:.1f})"
-    return f"{format_table(rows)}\nSecond half, ours - published: {difference:+.1f}{bounds}"
+    lines = [format_table(rows)]
+    (first, trusted), *others = ((name, curve[:, curve.shape[1] // 2 :].mean(axis=1)) for name, curve in curves.items())
+    for name, late in others:
+        interval = bootstrap_difference(late, trusted)
+        bounds = "" if interval is None else f" (95 % interval {interval[0]:.1f} .. {interval[1]:.1f})"
+        lines.append(f"Second half, {name} - {first}: {late.mean() - trusted.mean():+.1f}{bounds}")
+    return "\n".join(lines)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = documented_parser(__doc__)
     parser.add_argument("--dataset", required=True, help="dataset with a simulator")
+    parser.add_argument("--agent", choices=list(AGENTS), default="td3_bc")
+    parser.add_argument("--variants", type=parse_words, default=["published", "ours"], help=f"some of {','.join(VARIANTS)}")
     parser.add_argument("--seeds", type=parse_integers, default=[0, 1, 2], help="seeds of each trainer")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--updates", type=int, default=500, help="of an epoch")
@@ -135,7 +144,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--mode", default="eager", help="update mode of ours: auto, eager, compiled, graph")
     parser.add_argument("--device", default="auto", help="cpu, cuda:0, ...; auto takes a GPU if there is one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON object a trainer")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    insist_on_known(parser, options.variants, VARIANTS)
+    if options.agent != "td3_bc" and "published" in options.variants:
+        parser.error("the published-style trainer is TD3+BC's only; use --variants ours,bf16")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -146,12 +159,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if problem.spec is None:
             raise DydiffError(f"'{options.dataset}' has no simulator here, so there are no returns to compare.")
         curves = {}
-        for name, train in VARIANTS.items():
-            curves[name], seconds = train(problem, options)
+        for name in options.variants:
+            curves[name], seconds = VARIANTS[name](problem, options)
             print(f"{name}: {seconds:.1f} s of updates a seed", flush=True)
             if options.json:
-                line = {"variant": name, "dataset": problem.dataset.name, "seeds": options.seeds, "updates": options.updates}
-                line |= {"returns": curves[name].tolist(), "seconds": seconds, **describe_machine(options.device)}
+                line = {"variant": name, "agent": options.agent, "dataset": problem.dataset.name, "seeds": options.seeds}
+                line |= {"updates": options.updates, "returns": curves[name].tolist(), "seconds": seconds, **describe_machine(options.device)}
                 append_lines(options.json, [line])
         print(compare(curves, options.updates))
     except DydiffError as error:

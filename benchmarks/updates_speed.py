@@ -10,10 +10,11 @@ Cases, on Hopper's dimensions (11 observations, 3 actions), networks 2 x 256, ba
     four_seeds                 TD3+BC's for four seeds, one after the other or together
     replay_insert              append the 1,228 x 99 transitions of a rollout
 
-Variants: `published` and `stock` (benchmarks/update_baselines.py) and dydiff's modes `eager`, `compiled` and, on a GPU, `graph`
-(dydiff/updates.py). Before anything is timed, every variant makes four updates on the same batches and noise; if what these change
-in the weights differs from the plainest variant's, the run stops with status 1 (`error` in the table). Times are
-of one call, which makes as many updates as the note says. FLOPs are those of the matrix products of dydiff's own updates.
+Variants: `published` and `stock` (benchmarks/update_baselines.py), dydiff's modes `eager`, `compiled` and, on a GPU, `graph`
+(dydiff/updates.py), and `bf16`, the fastest of these with `update_precision: bf16`. Before anything is timed, every variant makes
+four updates on the same batches and noise; if what these change in the weights differs from the plainest variant's, the run stops
+with status 1 (`error` in the table). Times are of one call, which makes as many updates as the note says. FLOPs are those of the
+matrix products of dydiff's own updates.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from dydiff.agents import AGENTS
 from dydiff.capture import can_compile
 from dydiff.data import Transitions
 from dydiff.replay import ReplayBuffer, sample_mixed
-from dydiff.updates import Updates
+from dydiff.updates import WORTH_COMPILING, Updates
 
 OBSERVATION_DIM, ACTION_DIM, BATCH, NUM_REAL, REAL_RATIO = 11, 3, 256, 153, 0.6
 TRANSITIONS = 1228 * 99  # of one rollout: 60 % of 2048 trajectories of 100 rows
@@ -52,9 +53,9 @@ AGENTS_OF = {"td3bc": "td3_bc", "diffusion_ql": "diffusion_ql", "cql": "cql"}
 UPDATES_A_CALL = {"td3bc": 50, "diffusion_ql": 20, "cql": 4}
 CASES = (*AGENTS_OF, "four_seeds", "replay_insert")
 SEEDS = 4
-VARIANTS = ("published", "stock", "eager", "compiled", "graph")
+VARIANTS = ("published", "stock", "eager", "compiled", "graph", "bf16")
 CHECKED_UPDATES = 4
-TOLERANCE = 20.0  # times the limit: Adam's first steps are the sign of a gradient, rounding or not
+TOLERANCE = 10.0  # times the limit: Adam's first steps are the sign of a gradient, rounding or not
 
 
 def make_transitions(count: int, device: str, seed: int) -> Transitions:
@@ -64,6 +65,13 @@ def make_transitions(count: int, device: str, seed: int) -> Transitions:
     fields = Transitions(*(torch.randn((count, *width), generator=generator) for width in widths))
     fields = fields._replace(action=fields.action.tanh(), terminal=(fields.terminal > 2).float())
     return Transitions(*(field.to(device) for field in fields))
+
+
+def find_mode(variant: str) -> tuple[str, int, str]:
+    """Mode, number of updates and precision of one of dydiff's variants, as `Updates` takes them."""
+    if variant == "bf16":
+        return "auto", WORTH_COMPILING, "bf16"
+    return variant, 0, "float32"
 
 
 class Runner:
@@ -91,7 +99,8 @@ class Runner:
             self.updates = self._loop_published if variant == "published" else self._loop_stock
         else:
             self.baseline = None
-            self.runs = Updates(self.agent, *self.replay, BATCH, REAL_RATIO, self.generator, variant, 0)
+            how = BATCH, REAL_RATIO, self.generator, *find_mode(variant)
+            self.runs = Updates(self.agent, *self.replay, *how)
             self.apply = self._apply_ours
             self.updates = self._run_ours
 
@@ -153,7 +162,8 @@ def make_update_case(name: str, variants: Sequence[str], device: str) -> tuple[C
         for label in variants:
             runner = Runner(name, label, device)
             run = torch.enable_grad()(runner.updates)
-            variant = Variant(label, "float32", run, run, runner.count, runner.count * flops)
+            dtype = "bfloat16" if label == "bf16" else "float32"
+            variant = Variant(label, dtype, run, run, runner.count, runner.count * flops)
             errors[label] = check_output(variant, runner.changes(), expected, TOLERANCE)
             made.append(variant)
     return Case(name, BATCH, 1, made, f"{UPDATES_A_CALL[name]} updates a call", TOLERANCE), errors
@@ -197,7 +207,8 @@ def make_seeds_case(variants: Sequence[str], device: str) -> Case:
 
         runs = {name: torch.enable_grad()(partial(run, group)) for name, group in parts.items()}
         count = SEEDS * UPDATES_A_CALL["td3bc"]
-        made += [Variant(f"{mode}, {name}", "float32", runs[name], runs["alone"], count, 0.0) for name in runs]
+        dtype = "bfloat16" if mode == "bf16" else "float32"
+        made += [Variant(f"{mode}, {name}", dtype, runs[name], runs["alone"], count, 0.0) for name in runs]
     return Case("four_seeds", BATCH, 1, made, f"{UPDATES_A_CALL['td3bc']} updates a seed and call", TOLERANCE)
 
 
@@ -233,7 +244,8 @@ def find_variants(options: argparse.Namespace) -> list[str]:
     if unknown := set(options.variants or ()) - set(VARIANTS):
         raise BenchmarkError(f"There is no variant '{unknown.pop()}'; choose of {', '.join(VARIANTS)}.")
     device = torch.device(options.device)
-    possible = [*VARIANTS[:3], *["compiled"] * can_compile(device), *["graph"] * (device.type == "cuda")]
+    fast = ["compiled"] * can_compile(device) + ["graph"] * (device.type == "cuda")
+    possible = [*VARIANTS[:3], *fast, *["bf16"] * bool(fast)]
     return options.variants or possible
 
 

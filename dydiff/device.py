@@ -68,6 +68,16 @@ def fast_float32() -> Iterator[None]:
         settings.fp32_precision = before
 
 
+def multiply_in(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
+    """Let matrix products within take their inputs as they are (`float32`) or rounded to bfloat16 (`bf16`); sums are float32.
+
+    Weights are rounded anew for every product: PyTorch would keep them, and compute with old ones after an optimizer's step.
+    """
+    if precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+
+
 @functools.cache
 def keep_freed_memory() -> None:
     """Let this process keep the memory that it frees, instead of giving it back and faulting it in again at every update.

@@ -88,6 +88,7 @@ def build_policies(
             seed=seed,
             on_update=progress.advance,
             update_mode=params.update_mode,
+            update_precision=params.update_precision,
         )
 
     return [build(each.constants.seed) for each in variants]

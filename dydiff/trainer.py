@@ -114,6 +114,7 @@ class PolicyTrainer:
         seed: int,
         on_update: Callable[[int], None] = lambda count: None,
         update_mode: str = "auto",
+        update_precision: str = "float32",
     ):
         self.agent = agent
         self.spaces = spaces
@@ -127,7 +128,8 @@ class PolicyTrainer:
         self.on_update = on_update
         self.generator = torch.Generator(agent.device).manual_seed(seed)
         num_updates = num_epochs * updates_per_epoch
-        self.updates = Updates(agent, real, synthetic, batch_size, real_ratio, self.generator, update_mode, num_updates)
+        how = batch_size, real_ratio, self.generator, update_mode, num_updates, update_precision
+        self.updates = Updates(agent, real, synthetic, *how)
         self._judge = None if rollouts is None else capture_if_gpu(partial(rollouts.judge, self.generator), self.generator)
         self.epoch = 0
         self.best_return = -float("inf")
@@ -218,7 +220,8 @@ class PolicyTrainer:
         """Repeat the epoch's updates one by one from its beginning, to say in which one what ceased to be finite."""
         self.agent.load_state_dict(state)
         self.generator.set_state(draws)
-        how = self.updates.batch_size, self.updates.real_ratio, self.generator, "eager", self.updates_per_epoch
+        own = self.updates
+        how = own.batch_size, own.real_ratio, self.generator, "eager", self.updates_per_epoch, own.precision
         one_by_one = Updates(self.agent, self.real, self.synthetic, *how)
         for count in range(self.updates_per_epoch):
             figures = one_by_one.run(1)

@@ -12,11 +12,12 @@ from torch import Tensor
 from dydiff.agents import Agent
 from dydiff.agents.stack import stack_agents
 from dydiff.capture import CapturedGraph, can_compile, compile_unchecked, trace_gradients, warm_up
-from dydiff.device import fast_float32, keep_freed_memory
+from dydiff.device import fast_float32, keep_freed_memory, multiply_in
 from dydiff.errors import DydiffError
 from dydiff.replay import ReplayBuffer, count_real, draw_mixed_rows, split_rows
 
 MODES = ("auto", "eager", "compiled", "graph")
+PRECISIONS = ("float32", "bf16")
 UPDATES_A_GRAPH = 10  # a multiple of what the agents' variants repeat after (2 and 5), so that few different graphs are needed
 WORTH_COMPILING = 50_000  # updates of a run; compiling takes about as long as it saves in this many
 
@@ -42,8 +43,10 @@ class Updates:
     numbers and differ in rounding only. `auto` is `graph` on a GPU and `compiled` on a CPU that has a compiler, if the run's
     `num_updates` pay for it.
 
+    `precision` is that of the matrix products' inputs: `float32`, or `bf16` (bfloat16) with everything else in float32.
+
     Raises:
-        DydiffError: no such mode, or one that cannot work on the agent's device.
+        DydiffError: no such mode or precision, or a mode that cannot work on the agent's device.
     """
 
     def __init__(
@@ -56,9 +59,13 @@ class Updates:
         generator: torch.Generator,
         mode: str,
         num_updates: int,
+        precision: str = "float32",
     ):
+        if precision not in PRECISIONS:
+            raise DydiffError(f"Unknown rl_trainer_params.update_precision '{precision}': choose from {', '.join(PRECISIONS)}.")
         self.batch_size = batch_size
         self.real_ratio = real_ratio
+        self.precision = precision
         self.mode = choose_mode(mode, agent.device, num_updates)
         keep_freed_memory()
         self.learners = [Learner(agent, real, synthetic, generator)]
@@ -69,7 +76,7 @@ class Updates:
         """The updates of equal agents of several seeds in one: each as in its own `Updates`, which must not run any more."""
         first = parts[0]
         (agent, real, synthetic, generator), *_ = learners = [part.learners[0] for part in parts]
-        updates = cls(agent, real, synthetic, first.batch_size, first.real_ratio, generator, first.mode, 0)
+        updates = cls(agent, real, synthetic, first.batch_size, first.real_ratio, generator, first.mode, 0, first.precision)
         updates.learners = learners
         updates._prepare(stack_agents([learner.agent for learner in learners]))
         return updates
@@ -140,13 +147,15 @@ class Updates:
     def _apply(self, variants: Variants, draws: list[Draw]) -> tuple[Sums, dict[str, int]]:
         """`_compute` on given draws, by one function for each pattern of variants."""
         if variants not in self._functions:
-            agent, widths = self._agent, self.learners[0].real.widths
+            agent, widths, precision = self._agent, self.learners[0].real.widths, self.precision
 
             def apply(draws: list[Draw]) -> tuple[Sums, dict[str, int]]:
                 sums: Sums = {}
                 counts: dict[str, int] = {}
                 for variant, (rows, noise) in zip(variants, draws, strict=True):
-                    for name, value in agent.apply_update(split_rows(rows, widths), noise, variant).items():
+                    with multiply_in(precision, agent.device):
+                        log = agent.apply_update(split_rows(rows, widths), noise, variant)
+                    for name, value in log.items():
                         sums[name] = sums[name] + value if name in sums else value
                         counts[name] = counts.get(name, 0) + 1
                 return sums, counts
