@@ -164,7 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{name}: {seconds:.1f} s of updates a seed", flush=True)
             if options.json:
                 line = {"variant": name, "agent": options.agent, "dataset": problem.dataset.name, "seeds": options.seeds}
-                line |= {"updates": options.updates, "returns": curves[name].tolist(), "seconds": seconds, **describe_machine(options.device)}
+                line |= {"updates": options.updates, "returns": curves[name].tolist(), "seconds": seconds}
+                line |= describe_machine(options.device)
                 append_lines(options.json, [line])
         print(compare(curves, options.updates))
     except DydiffError as error:

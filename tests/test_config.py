@@ -19,7 +19,7 @@ from dydiff.agents import AGENTS
 from dydiff.config import Constants, DiffQLParams, EnvSpecs, KeepCondition, MetaData, RLTrainerParams, from_mapping
 from dydiff.experiment import ALGORITHMS
 from dydiff.filters import keep_mask
-from dydiff.updates import MODES
+from dydiff.updates import MODES, PRECISIONS
 
 REPOSITORY = Path(__file__).parents[1]
 SECTIONS = [item for item in vars(config).values() if inspect.isclass(item) and dataclasses.is_dataclass(item)]
@@ -141,6 +141,7 @@ def test_every_default_is_within_its_range():
 def test_words_to_choose_from_are_those_that_the_parts_know():
     hints = typing.get_type_hints(RLTrainerParams)
     assert typing.get_args(hints["update_mode"]) == MODES
+    assert typing.get_args(hints["update_precision"]) == PRECISIONS
     for word in typing.get_args(typing.get_type_hints(KeepCondition)["filter_type"]):
         assert keep_mask(torch.zeros(4), word, 0.5, 1.0, torch.Generator()).any()
     for word in typing.get_args(typing.get_type_hints(DiffQLParams)["beta_schedule"]):

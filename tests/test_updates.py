@@ -35,12 +35,12 @@ def transitions(count: int, seed: int) -> Transitions:
     return Transitions(*(field.to(DEVICE) for field in fields))
 
 
-def make_updates(name: str, mode: str, num_synthetic: int = 50, **options) -> Updates:
+def make_updates(name: str, mode: str, num_synthetic: int = 50, precision: str = "float32", **options) -> Updates:
     agent = AGENTS[name](OBSERVATION_DIM, ACTION_DIM, HIDDEN, device=DEVICE, generator=torch.Generator().manual_seed(0), **options)
     synthetic = ReplayBuffer(100, OBSERVATION_DIM, ACTION_DIM, DEVICE)
     synthetic.extend(transitions(num_synthetic, seed=2))
     real = ReplayBuffer.from_transitions(transitions(80, seed=1), 1000)
-    return Updates(agent, real, synthetic, BATCH, 0.6, torch.Generator(DEVICE).manual_seed(3), mode, num_updates=0)
+    return Updates(agent, real, synthetic, BATCH, 0.6, torch.Generator(DEVICE).manual_seed(3), mode, 0, precision)
 
 
 def assert_close(ours: object, theirs: object, where: str = "") -> None:
@@ -164,6 +164,57 @@ def test_choice_of_the_mode(monkeypatch):
     monkeypatch.setattr(dydiff.updates, "can_compile", lambda device: True)
     monkeypatch.setattr(dydiff.updates, "trace_gradients", lambda: True)
     assert choose_mode("auto", cpu, WORTH_COMPILING) == "compiled"
+
+
+def weights(updates: Updates) -> torch.Tensor:
+    agent = updates.learners[0].agent
+    networks = [part for part in vars(agent).values() if isinstance(part, torch.nn.Module)]
+    return torch.cat([weight.detach().flatten() for network in networks for weight in network.parameters()])
+
+
+@pytest.mark.parametrize("mode", ["eager", *FAST_MODES])
+@pytest.mark.parametrize("name", AGENTS)
+def test_bf16_updates_are_those_of_float32_but_for_rounding(name, mode):
+    ours, exact = make_updates(name, mode, precision="bf16"), make_updates(name, "eager")
+    before = weights(exact)
+    for _ in range(3):
+        figures, expected = ours.run(1), exact.run(1)
+        assert figures.keys() == expected.keys()
+        for key, value in figures.items():
+            assert value == pytest.approx(expected[key], rel=0.05, abs=0.01), key
+    change, difference = weights(exact) - before, weights(ours) - weights(exact)
+    # Of three steps of Adam, which hardly differ in size, a wrong gradient would turn half.
+    assert 1e-4 * change.norm() < difference.norm() < 0.2 * change.norm()
+    state = ours.learners[0].agent.state_dict()
+    assert all(leaf.dtype != torch.bfloat16 for leaf in torch.utils._pytree.tree_leaves(state) if isinstance(leaf, torch.Tensor))
+    assert torch.equal(ours.learners[0].generator.get_state(), exact.learners[0].generator.get_state())
+
+
+def test_bf16_products_see_the_weights_of_this_moment():
+    """The policy learns from critics that have just moved; with a great step size, old ones would give other values."""
+    ours, plain = (make_updates("diffusion_ql", "eager", precision=precision, lr=0.1) for precision in ("bf16", "float32"))
+    assert ours.run(1)["q_loss"] == pytest.approx(plain.run(1)["q_loss"], rel=0.03)
+
+
+def test_bf16_learns_the_values_of_a_known_problem():
+    """A chain of one state whose every step pays 1: the values tend to 1 / (1 - discount)."""
+    values = {}
+    for precision in ("float32", "bf16"):
+        updates = make_updates("td3_bc", "eager", 0, precision, discount=0.5, tau=0.1, qf_lr=3e-3)
+        agent, real, _, _ = updates.learners[0]
+        real.storage.reward.fill_(1.0)
+        real.storage.terminal.fill_(0.0)
+        updates.run(300)
+        batch = Transitions(*(field[:80] for field in real.storage))
+        with torch.no_grad():
+            values[precision] = agent.critics(torch.cat([batch.observation, batch.action], dim=1)).mean().item()
+    assert values["float32"] == pytest.approx(2, rel=0.02)
+    assert values["bf16"] == pytest.approx(values["float32"], rel=0.02)
+
+
+def test_unknown_precision():
+    with pytest.raises(DydiffError, match="'half'.*float32, bf16"):
+        make_updates("td3_bc", "eager", precision="half")
 
 
 def test_fast_float32_is_float32_and_leaves_no_trace():
