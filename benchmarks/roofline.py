@@ -30,7 +30,7 @@ from harness import (
 from machine import describe_machine
 from torch import nn
 
-from dydiff.backends import prepare_denoiser
+from dydiff.backends import TRITON, prepare_denoiser
 from dydiff.device import find_device
 from dydiff.diffusion.edm import Denoiser
 from dydiff.errors import DydiffError
@@ -39,7 +39,7 @@ from dydiff.networks.fused_unet import FusedUNet
 from dydiff.networks.unet import ResidualBlock, UNet
 
 OBSERVATION_DIM, WIDTH = 11, 14  # hopper
-DTYPES = {"reference": "float32", "bf16": "bfloat16", "triton-a": "float16", "triton-b": "float16"}
+DTYPES = {"reference": "float32", "bf16": "bfloat16"} | dict.fromkeys(TRITON, "float16")
 BANDWIDTH_BYTES = 2**28
 WARM_UP, LEAST = 2, 5
 LABELS = {"residual_block": "residual blocks", "downsample": "downsampling", "upsample": "upsampling", "leave": "end"}
@@ -177,7 +177,7 @@ def draw(lines: Sequence[dict[str, Any]], rates: dict[str, float], bandwidth: fl
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_timing_parser(__doc__, "2 seconds a variant")
     add_network_options(parser)
-    parser.add_argument("--variants", type=parse_words, default=None, help="of reference, bf16, triton-a, triton-b")
+    parser.add_argument("--variants", type=parse_words, default=None, help=f"of {', '.join(DTYPES)}")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--horizon", type=int, default=100)
     options = parser.parse_args(arguments)
@@ -186,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     unet = UNet(WIDTH, horizon, options.dim, options.dim_mults).to(device).eval().requires_grad_(False)
     machine = describe_machine(device)
-    default = ["reference", "bf16"] if device == "cpu" else ["reference", "triton-a", "triton-b"]
+    default = ["reference", "bf16"] if device == "cpu" else ["reference", *TRITON]
     lines, rates = [], {}
     bandwidth = measure_bandwidth(device)
     for variant in options.variants or default:

@@ -17,12 +17,13 @@ from dydiff.kernels.unet_reference import GROUPS, ReferenceBlocks
 from dydiff.networks.unet import ResidualBlock
 
 unet_triton = pytest.importorskip("dydiff.kernels.unet_triton")
+winograd_triton = pytest.importorskip("dydiff.kernels.winograd_triton")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="kernel speed is measured on a CUDA card; there is none")
 
 BATCH, TAPS, CALLS = 2048, 5, 10
 # L, channels of x, of skip, C_out
 BLOCKS = [(25, 1024, 0, 1024), (25, 1024, 1024, 512), (50, 512, 0, 512), (50, 512, 512, 128), (100, 128, 0, 128)]
-VARIANTS = ["eager", "triton-a", "triton-b"]
+VARIANTS = ["eager", "triton-a", "triton-b", "triton-c"]
 
 
 class EagerBlocks(ReferenceBlocks):
@@ -51,13 +52,13 @@ class EagerBlocks(ReferenceBlocks):
 
 def make_blocks(variant: str):
     makers = {"eager": EagerBlocks, "triton-a": unet_triton.FusedBlocks, "triton-b": unet_triton.TwoPassBlocks}
-    return makers[variant](torch.float16)
+    return (makers | {"triton-c": winograd_triton.TritonWinogradBlocks})[variant](torch.float16)
 
 
 def leave(activation) -> Tensor:
     """Any backend's activation as [B, L, C]."""
     if isinstance(activation, Tensor):
-        return activation.squeeze(2).transpose(1, 2)
+        return activation if activation.ndim == 3 else activation.squeeze(2).transpose(1, 2)
     return activation.rows[activation.gap :].view(activation.batch, activation.pitch, -1)[:, : activation.length]
 
 
@@ -79,7 +80,7 @@ def test_residual_block(benchmark, shape, variant):
         return lambda: blocks.residual_block(parts[0], parts[1] if skip_width else None, packed, time_bias)
 
     run = prepare(make_blocks(variant), BATCH)
-    expected = prepare(ReferenceBlocks(), 32)().transpose(1, 2)
+    expected = prepare(ReferenceBlocks(), 32)().transpose(1, 2)  # [B, L, C]
     assert (leave(run())[:32] - expected).abs().max() < 2e-2 * expected.abs().max()
 
     def timed() -> None:

@@ -5,11 +5,7 @@
 // elsewhere, and `winograd_output` forms A^T, adds the bias, and finishes the block in the same pass: GroupNorm over (channels in
 // group x rows), Mish, time bias, residual.
 //
-// The points are those of F(5, 5): the polynomial product behind it has degree 8, and is found from its remainders modulo x - p for
-// p = 1/3, -1/3, 7/8, -7/8, 8/5, -8/5, modulo x^2 + 1, whose product takes three multiplications (Karatsuba), and from its leading
-// coefficient: 6 + 3 + 1. Nine real points would do with one product less, but would amplify the rounding of products of
-// independent rows 6.4 times at best; with the pair +-i it is 2.04 times (a search over sets). F(2, 5), which has 15 products for
-// five rows, has 2.3 at best.
+// kernels/winograd.py says what the points are and why, and transforms the filters.
 //
 // Activations are bfloat16 [B, L, C] row-major; arithmetic is float32. There are T = ceil(L / 5) tiles a sample.
 #pragma once

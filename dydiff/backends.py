@@ -6,8 +6,9 @@
     bf16        CPU: fused Winograd blocks in bfloat16 (kernels/unet_cpu.py)
     triton-a    GPU: float16, one kernel a convolution with its normalisation, where a tile holds whole samples; else triton-b
     triton-b    GPU: float16, the convolution as one matrix product and a second pass for the normalisation
+    triton-c    GPU: float16, Winograd convolutions whose products are cuBLAS's (kernels/winograd_triton.py)
     auto        the fastest that keeps rollouts within 2e-2 of float32: on the CPU bf16, where the processor multiplies bfloat16
-                and no norm goes over a few elements only; on a GPU the faster of triton-a and triton-b, if a trial there, with
+                and no norm goes over a few elements only; on a GPU the fastest of triton-a, -b and -c, if a trial there, with
                 the network's own weights, finds it right and faster than float32 (trial.py); else extension
 """
 
@@ -25,15 +26,16 @@ from dydiff.device import has_fast_bf16
 from dydiff.diffusion.edm import Denoiser, FusedDenoiser
 from dydiff.errors import DydiffError, NotForNetwork
 from dydiff.kernels import edm
-from dydiff.kernels.unet_cpu import TAPS, CpuBlocks
+from dydiff.kernels.unet_cpu import CpuBlocks
+from dydiff.kernels.winograd import TAPS
 from dydiff.memory import is_out_of_memory
 from dydiff.networks.fused_unet import Blocks
 from dydiff.networks.unet import UNet
 from dydiff.progress import say
 from dydiff.trial import find_fault, time_evaluations
 
-BACKENDS = ("auto", "reference", "extension", "compiled", "bf16", "triton-a", "triton-b")
-TRITON = ("triton-a", "triton-b")
+BACKENDS = ("auto", "reference", "extension", "compiled", "bf16", "triton-a", "triton-b", "triton-c")
+TRITON = ("triton-a", "triton-b", "triton-c")
 IN_16_BIT = ("bf16", *TRITON)
 # A norm over few elements blows up rounding: with groups of 2 the network was wrong by 50 %, with 32 and more by 2 to 4 %.
 SMALLEST_GROUP = 32
@@ -83,13 +85,16 @@ def prepare_denoiser(denoiser: Denoiser, backend: str, batch: int = LARGEST_TRIA
 
 
 def _make_triton_blocks(denoiser: Denoiser, backend: str, device: torch.device) -> Blocks:
-    from dydiff.kernels import unet_triton  # imports triton, which only a GPU needs
+    from dydiff.kernels import unet_triton  # these import triton, which only a GPU needs
+    from dydiff.kernels.winograd_triton import TritonWinogradBlocks
 
     reason = unet_triton.why_unavailable(device)
     if reason:
         raise DydiffError(reason)
     if not isinstance(denoiser.network, UNet):
         raise NotForNetwork(f"Rollout backend '{backend}' is for UNet_RL; use 'auto'.")
+    if backend == "triton-c":
+        return TritonWinogradBlocks(torch.float16)
     make = unet_triton.FusedBlocks if backend == "triton-a" else unet_triton.TwoPassBlocks
     return make(torch.float16, kernel_size=denoiser.network.kernel_size)
 

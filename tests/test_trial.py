@@ -70,7 +70,10 @@ def test_what_a_kernel_raises_is_passed_on():
 
 
 class Candidates:
-    """Stand-ins for the fused backends: what they do to the network's output, and the seconds that the stopwatch shows."""
+    """Stand-ins for the fused backends: what they do to the network's output, and the seconds that the stopwatch shows.
+
+    A backend without a change does not work.
+    """
 
     def __init__(self, monkeypatch, changes: dict, seconds: dict[str, float]):
         self.denoiser = Denoiser(UNet(DATA_DIM, HORIZON, 8, (1, 2)), 2).requires_grad_(False)
@@ -82,8 +85,9 @@ class Candidates:
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
 
     def prepare(self, denoiser, name):
-        evaluate = SimpleNamespace(evaluate=lambda x, sigma: self.changes[name](denoiser.evaluate(x, sigma)))
-        self.seconds[evaluate.evaluate] = self.seconds[name]
+        change = self.changes.get(name, broken)
+        evaluate = SimpleNamespace(evaluate=lambda x, sigma: change(denoiser.evaluate(x, sigma)))
+        self.seconds[evaluate.evaluate] = self.seconds.get(name)
         return evaluate
 
     def time(self, evaluate, shape, device):
@@ -108,12 +112,14 @@ def broken(y):
 
 
 @pytest.mark.parametrize(
-    "a, b, times, chosen",
-    [(same, same, (2, 1), "triton-b"), (same, same, (1, 2), "triton-a"), (same, wrong, (2, 1), "triton-a"),
-     (broken, same, (1, 2), "triton-b")],
+    "a, b, c, times, chosen",
+    [(same, same, same, (2, 1, 2), "triton-b"), (same, same, same, (1, 2, 2), "triton-a"),
+     (same, same, same, (2, 2, 1), "triton-c"), (same, wrong, wrong, (2, 1, 1), "triton-a"),
+     (broken, same, same, (1, 2, 2.5), "triton-b")],
 )  # fmt: skip
-def test_the_faster_of_those_that_are_right(monkeypatch, capsys, a, b, times, chosen):
-    candidates = Candidates(monkeypatch, {"triton-a": a, "triton-b": b}, dict(zip(TRITON, times, strict=True)) | {"reference": 3})
+def test_the_fastest_of_those_that_are_right(monkeypatch, capsys, a, b, c, times, chosen):
+    changes, seconds = dict(zip(TRITON, (a, b, c), strict=True)), dict(zip(TRITON, times, strict=True))
+    candidates = Candidates(monkeypatch, changes, seconds | {"reference": 3})
     assert candidates.choose() == chosen
     assert f"Rollouts take {chosen}" in capsys.readouterr().err
 

@@ -22,6 +22,8 @@ from dydiff.networks.unet import ConvBlock, ResidualBlock, UNet
 
 triton = pytest.importorskip("triton")
 from dydiff.kernels import fused_block, launch, unet_triton  # noqa: E402
+from dydiff.kernels.winograd import WinogradBlocks  # noqa: E402
+from dydiff.kernels.winograd_triton import TritonWinogradBlocks  # noqa: E402
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -29,7 +31,14 @@ CAPABILITIES = [80, 90] if INTERPRETED else [None]  # pointers, descriptors; or 
 on_kernels = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(), reason="no CUDA: runs inside test_kernels_in_the_interpreter"
 )
-BACKENDS = {"triton-a": unet_triton.FusedBlocks, "triton-b": unet_triton.TwoPassBlocks}
+
+
+def make_winograd(dtype: torch.dtype = torch.float16, kernel_size: int = 5, capability: int | None = None):
+    """The same code on every card."""
+    return TritonWinogradBlocks(dtype)
+
+
+BACKENDS = {"triton-a": unet_triton.FusedBlocks, "triton-b": unet_triton.TwoPassBlocks, "triton-c": make_winograd}
 # Both precisions; where there is no card to decide, one each with the code for A100s and for H100s.
 PRECISIONS = [(torch.float16, CAPABILITIES[0]), (torch.bfloat16, CAPABILITIES[-1])]
 
@@ -86,10 +95,10 @@ def seeded(make, *arguments) -> nn.Module:
     return module.eval().requires_grad_(False).to(DEVICE)
 
 
-def plain(activation) -> Tensor:
+def plain(activation, channels_last: bool = False) -> Tensor:
     """Any backend's activation as [B, C, L] float64; a gapped one must have zeros in its gaps."""
     if isinstance(activation, Tensor):
-        return activation.double()
+        return activation.transpose(1, 2).double() if channels_last else activation.double()
     gap, pitch = activation.gap, activation.pitch
     rows = activation.rows.double()
     assert not rows[:gap].any()
@@ -98,11 +107,12 @@ def plain(activation) -> Tensor:
     return samples[:, : activation.length].transpose(1, 2)
 
 
-def assert_as_good_as_pytorch(compute, dtype: torch.dtype, backend: unet_triton.TwoPassBlocks) -> None:
-    """compute(blocks) -> result; the kernels' largest error is at most twice that of PyTorch in the same precision."""
+def assert_as_good_as_pytorch(compute, dtype: torch.dtype, backend, has_left: bool = False) -> None:
+    """compute(blocks) -> result, an activation or what `leave` made of it (`has_left`); the kernels' largest error is at most
+    twice that of PyTorch in the same precision."""
     exact = plain(compute(unet_reference.ReferenceBlocks(torch.float64)))
     reference = plain(compute(unet_reference.ReferenceBlocks(dtype)))
-    result = plain(compute(backend))
+    result = plain(compute(backend), isinstance(backend, WinogradBlocks) and not has_left)
     floor = torch.finfo(dtype).eps / 2 * exact.abs().max()
     assert result.shape == exact.shape
     assert (result - exact).abs().max() <= 2 * torch.maximum((reference - exact).abs().max(), floor)
@@ -131,6 +141,8 @@ BLOCKS = [
 @pytest.mark.parametrize(("dtype", "capability"), PRECISIONS)
 def test_residual_block(dtype, shape, backend, capability):
     batch, length, width, skip_width, columns, taps = shape
+    if backend == "triton-c" and taps != 5:
+        pytest.skip("the Winograd transforms are those of five taps")
     block = seeded(ResidualBlock, width + skip_width, columns, 8, taps)
     x, skip = rounded(draw(batch, length, width), dtype), rounded(draw(batch, length, skip_width, seed=1), dtype)
     time_bias = draw(columns, seed=2)
@@ -186,23 +198,23 @@ def test_means_far_from_zero(backend):
     def compute(blocks):
         return blocks.leave(blocks.enter(x), blocks.pack(block.state_dict()), blocks.pack(final.state_dict()))
 
-    assert_as_good_as_pytorch(lambda blocks: compute(blocks).transpose(1, 2), torch.float16, BACKENDS[backend]())
+    assert_as_good_as_pytorch(compute, torch.float16, BACKENDS[backend](), has_left=True)
 
 
 @on_kernels
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(("backend", "capability"), [*(("triton-b", each) for each in CAPABILITIES), ("triton-c", None)])
 @pytest.mark.parametrize("shape", [(2, 100, 128), (2, 2, 8), (5, 13, 24)])  # B, L, C
-def test_resampling(shape, capability):
+def test_resampling(shape, backend, capability):
     x, channels = rounded(draw(*shape), torch.float16), shape[2]
     down, up = seeded(nn.Conv1d, channels, channels, 3, 2, 1), seeded(nn.ConvTranspose1d, channels, channels, 4, 2, 1)
-    backend = unet_triton.TwoPassBlocks(capability=capability)
+    blocks = BACKENDS[backend](capability=capability)
     for name, layer in (("downsample", down), ("upsample", up)):
         weights = layer.state_dict()
 
         def compute(blocks, name=name, weights=weights):
             return getattr(blocks, name)(blocks.enter(x), blocks.pack(weights))
 
-        assert_as_good_as_pytorch(compute, torch.float16, backend)
+        assert_as_good_as_pytorch(compute, torch.float16, blocks)
 
 
 # B, H, D, dim, dim_mults, kernel_size
@@ -218,6 +230,8 @@ NETWORKS = [
 @pytest.mark.parametrize("shape", NETWORKS)
 def test_whole_network(shape, backend):
     batch, horizon, data_dim, dim, mults, taps = shape
+    if backend == "triton-c" and taps != 5:
+        pytest.skip("the Winograd transforms are those of five taps")
     dtype, capability = PRECISIONS[backend == "triton-b"]  # the blocks' test has all combinations
     unet = seeded(UNet, data_dim, horizon, dim, mults, taps)
     x, label = draw(batch, horizon, data_dim), torch.tensor([0.3], device=DEVICE)
@@ -239,11 +253,12 @@ def test_twice_is_the_same_and_nothing_is_nothing(backend):
     packed, time_bias = blocks.pack(seeded(ResidualBlock, 64, 128, 8, 5).state_dict()), draw(128, seed=1)
 
     def run(x: Tensor) -> Tensor:
-        return blocks.residual_block(blocks.enter(x), None, packed, time_bias).rows
+        y = blocks.residual_block(blocks.enter(x), None, packed, time_bias)
+        return y if isinstance(y, Tensor) else y.rows
 
     x = draw(7, 25, 64)
     assert torch.equal(run(x), run(x))
-    assert run(x[:0]).shape == (2, 128)  # one gap
+    assert run(x[:0]).shape == ((0, 25, 128) if backend == "triton-c" else (2, 128))  # one gap
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
