@@ -46,11 +46,6 @@ def load_row(x, position, valid, length, inside, CHANNELS: tl.constexpr):
     return tl.load(x + (position * CHANNELS)[:, None], mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit
-def store_point(out, value, plane, mask, POINT: tl.constexpr):
-    tl.store(out + POINT * plane, value.to(out.dtype.element_ty), mask=mask)
-
-
 @triton.jit(do_not_specialize=["samples", "length", "tiles"])
 def input_kernel(
     x,
@@ -84,39 +79,28 @@ def input_kernel(
     out += tile.to(tl.int64)[:, None] * WIDTH + OFFSET + column[None, :]
     plane = samples.to(tl.int64) * tiles * WIDTH
     mask = valid[:, None] & inside[None, :]
+    dtype: tl.constexpr = out.dtype.element_ty
     # A point and its negative share the even and the odd part of their polynomials.
     even, odd = cubic(r0, r2, r4, r6, B * B, C * C, -1), cubic(r1, r3, r5, r7, B * B, C * C, -1)
-    store_point(out, odd + even * A, plane, mask, 0)
-    store_point(out, odd - even * A, plane, mask, 1)
+    tl.store(out + 0 * plane, (odd + even * A).to(dtype), mask=mask)
+    tl.store(out + 1 * plane, (odd - even * A).to(dtype), mask=mask)
     even, odd = cubic(r0, r2, r4, r6, A * A, C * C, -1), cubic(r1, r3, r5, r7, A * A, C * C, -1)
-    store_point(out, odd + even * B, plane, mask, 2)
-    store_point(out, odd - even * B, plane, mask, 3)
+    tl.store(out + 2 * plane, (odd + even * B).to(dtype), mask=mask)
+    tl.store(out + 3 * plane, (odd - even * B).to(dtype), mask=mask)
     even, odd = cubic(r0, r2, r4, r6, A * A, B * B, -1), cubic(r1, r3, r5, r7, A * A, B * B, -1)
-    store_point(out, odd + even * C, plane, mask, 4)
-    store_point(out, odd - even * C, plane, mask, 5)
+    tl.store(out + 4 * plane, (odd + even * C).to(dtype), mask=mask)
+    tl.store(out + 5 * plane, (odd - even * C).to(dtype), mask=mask)
     even, odd = cubic(r0, r2, r4, r6, A * A, B * B, C * C), cubic(r1, r3, r5, r7, A * A, B * B, C * C)
-    store_point(out, even - odd, plane, mask, 6)
-    store_point(out, even + odd, plane, mask, 7)
-    store_point(out, odd, plane, mask, 8)
-    store_point(out, even + cubic(r2, r4, r6, r8, A * A, B * B, C * C), plane, mask, 9)
+    tl.store(out + 6 * plane, (even - odd).to(dtype), mask=mask)
+    tl.store(out + 7 * plane, (even + odd).to(dtype), mask=mask)
+    tl.store(out + 8 * plane, odd.to(dtype), mask=mask)
+    tl.store(out + 9 * plane, (even + cubic(r2, r4, r6, r8, A * A, B * B, C * C)).to(dtype), mask=mask)
 
 
 @triton.jit
-def load_point(m, plane, mask, POINT: tl.constexpr):
-    return tl.load(m + POINT * plane, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def center(y, mean, position, length, inside):
-    """Deviations from the mean; zeros at positions behind the sample's end."""
-    return tl.where((position < length)[:, None] & inside[None, :], y - mean, 0.0)
-
-
-@triton.jit
-def finish_row(out, residual, deviation, factor, shift, time, position, length, inside, N: tl.constexpr):
+def finish_row(out, residual, deviation, factor, shift, time, position, mask, N: tl.constexpr):
     """Norm, Mish, time bias and residual of one row of each tile."""
     y = mish(deviation * factor[None, :] + shift[None, :]) + time[None, :]
-    mask = (position < length)[:, None] & inside[None, :]
     if residual is not None:
         y += tl.load(residual + (position * N)[:, None], mask=mask, other=0.0).to(tl.float32)
     tl.store(out + (position * N)[:, None], y.to(out.dtype.element_ty), mask=mask)
@@ -147,31 +131,35 @@ def output_kernel(
     m += ((sample.to(tl.int64) * tiles + tile) * N)[:, None] + column[None, :]
     plane = samples.to(tl.int64) * tiles * N
     mask = (tile < tiles)[:, None] & inside[None, :]
-    one, other = load_point(m, plane, mask, 0), load_point(m, plane, mask, 1)
-    even_a, odd_a = one + other, one - other
-    one, other = load_point(m, plane, mask, 2), load_point(m, plane, mask, 3)
-    even_b, odd_b = one + other, one - other
-    one, other = load_point(m, plane, mask, 4), load_point(m, plane, mask, 5)
-    even_c, odd_c = one + other, one - other
-    both = load_point(m, plane, mask, 8)
-    even_i, odd_i = load_point(m, plane, mask, 6) + both, load_point(m, plane, mask, 7) + both
+    m0 = tl.load(m, mask=mask, other=0.0).to(tl.float32)
+    m1 = tl.load(m + plane, mask=mask, other=0.0).to(tl.float32)
+    m2 = tl.load(m + 2 * plane, mask=mask, other=0.0).to(tl.float32)
+    m3 = tl.load(m + 3 * plane, mask=mask, other=0.0).to(tl.float32)
+    m4 = tl.load(m + 4 * plane, mask=mask, other=0.0).to(tl.float32)
+    m5 = tl.load(m + 5 * plane, mask=mask, other=0.0).to(tl.float32)
+    m6 = tl.load(m + 6 * plane, mask=mask, other=0.0).to(tl.float32)
+    m7 = tl.load(m + 7 * plane, mask=mask, other=0.0).to(tl.float32)
+    m8 = tl.load(m + 8 * plane, mask=mask, other=0.0).to(tl.float32)
+    m9 = tl.load(m + 9 * plane, mask=mask, other=0.0).to(tl.float32)
+    even_a, even_b, even_c, even_i = m0 + m1, m2 + m3, m4 + m5, m6 + m8
+    odd_a, odd_b, odd_c, odd_i = m0 - m1, m2 - m3, m4 - m5, m7 + m8
     offset = tl.load(bias + column, mask=inside, other=0.0)[None, :]
     y0 = even_a + even_b + even_c + even_i + offset
     y1 = odd_a * A + odd_b * B + odd_c * C + odd_i + offset
     y2 = even_a * (A * A) + even_b * (B * B) + even_c * (C * C) - even_i + offset
     y3 = odd_a * (A * A * A) + odd_b * (B * B * B) + odd_c * (C * C * C) - odd_i + offset
-    y4 = even_a * (A * A * A * A) + even_b * (B * B * B * B) + even_c * (C * C * C * C) + even_i + offset
-    y4 += load_point(m, plane, mask, 9)
+    y4 = even_a * (A * A * A * A) + even_b * (B * B * B * B) + even_c * (C * C * C * C) + even_i + m9 + offset
 
     first = tile * 5
+    mask0, mask1 = mask & (first < length)[:, None], mask & (first + 1 < length)[:, None]
+    mask2, mask3 = mask & (first + 2 < length)[:, None], mask & (first + 3 < length)[:, None]
+    mask4 = mask & (first + 4 < length)[:, None]
     count = (length * GROUP).to(tl.float32)
-    total = center(y0, 0.0, first, length, inside) + center(y1, 0.0, first + 1, length, inside)
-    total += center(y2, 0.0, first + 2, length, inside) + center(y3, 0.0, first + 3, length, inside)
-    total += center(y4, 0.0, first + 4, length, inside)
-    mean = tl.sum(total) / count
-    y0, y1 = center(y0, mean, first, length, inside), center(y1, mean, first + 1, length, inside)
-    y2, y3 = center(y2, mean, first + 2, length, inside), center(y3, mean, first + 3, length, inside)
-    y4 = center(y4, mean, first + 4, length, inside)
+    total = tl.where(mask0, y0, 0.0) + tl.where(mask1, y1, 0.0) + tl.where(mask2, y2, 0.0)
+    mean = tl.sum(total + tl.where(mask3, y3, 0.0) + tl.where(mask4, y4, 0.0)) / count
+    y0, y1 = tl.where(mask0, y0 - mean, 0.0), tl.where(mask1, y1 - mean, 0.0)
+    y2, y3 = tl.where(mask2, y2 - mean, 0.0), tl.where(mask3, y3 - mean, 0.0)
+    y4 = tl.where(mask4, y4 - mean, 0.0)
     variance = tl.sum(y0 * y0 + y1 * y1 + y2 * y2 + y3 * y3 + y4 * y4) / count
     factor = tl.load(scale + column, mask=inside, other=0.0) / tl.sqrt(variance + 1e-5)
     shifts = tl.load(shift + column, mask=inside, other=0.0)
@@ -184,11 +172,11 @@ def output_kernel(
     out += start
     if residual is not None:
         residual += start
-    finish_row(out, residual, y0, factor, shifts, times, first, length, inside, N)
-    finish_row(out, residual, y1, factor, shifts, times, first + 1, length, inside, N)
-    finish_row(out, residual, y2, factor, shifts, times, first + 2, length, inside, N)
-    finish_row(out, residual, y3, factor, shifts, times, first + 3, length, inside, N)
-    finish_row(out, residual, y4, factor, shifts, times, first + 4, length, inside, N)
+    finish_row(out, residual, y0, factor, shifts, times, first, mask0, N)
+    finish_row(out, residual, y1, factor, shifts, times, first + 1, mask1, N)
+    finish_row(out, residual, y2, factor, shifts, times, first + 2, mask2, N)
+    finish_row(out, residual, y3, factor, shifts, times, first + 3, mask3, N)
+    finish_row(out, residual, y4, factor, shifts, times, first + 4, mask4, N)
 
 
 def transform_input(x: Tensor, v: Tensor, offset: int) -> Launch:
