@@ -62,7 +62,7 @@ class RLTrainerParams:
     eval_freq: int = 1  # epochs from one evaluation to the next
     evaluation_worker: bool | None = None  # evaluate in a process beside the next epoch; None: where a core is idle
     update_mode: Literal["auto", "eager", "compiled", "graph"] = "auto"  # Inductor, CUDA graphs; auto: what pays off
-    update_precision: Literal["float32", "bf16"] = "float32"  # of the updates' matrix products; weights, sums, Adam: float32
+    update_precision: Literal["float32", "bf16"] = "float32"  # of the updates' matrix products; weights stay float32
     save_best: bool = True  # keep the policy with the best evaluation as agent-best.safetensors
     freq_saving: int = 10  # epochs from one periodic checkpoint (and resume state) to the next
     save_replay_buffer: bool = False  # put the real transitions into periodic checkpoints

@@ -50,6 +50,20 @@ def has_idle_core(device: str) -> bool:
 
 
 @contextlib.contextmanager
+def sum_in_float32() -> Iterator[None]:
+    """Keep cuBLAS within from adding parts of a sum in 16 bit, as PyTorch permits by default; captured graphs keep it, too."""
+    settings, names = torch.backends.cuda.matmul, [f"allow_{kind}_reduced_precision_reduction" for kind in ("fp16", "bf16")]
+    before = [getattr(settings, name) for name in names]
+    try:
+        for name in names:
+            setattr(settings, name, False)
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(settings, name, value)
+
+
+@contextlib.contextmanager
 def fast_float32() -> Iterator[None]:
     """Let oneDNN compute the float32 matrix products of a CPU within, where its results are as exact as the default's.
 
@@ -69,7 +83,7 @@ def fast_float32() -> Iterator[None]:
 
 
 def multiply_in(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
-    """Let matrix products within take their inputs as they are (`float32`) or rounded to bfloat16 (`bf16`); sums are float32.
+    """Let matrix products within be float32, or (`bf16`) take bfloat16 and give it, with float32 sums.
 
     Weights are rounded anew for every product: PyTorch would keep them, and compute with old ones after an optimizer's step.
     """

@@ -12,7 +12,7 @@ from torch import Tensor
 from dydiff.agents import Agent
 from dydiff.agents.stack import stack_agents
 from dydiff.capture import CapturedGraph, can_compile, compile_unchecked, trace_gradients, warm_up
-from dydiff.device import fast_float32, keep_freed_memory, multiply_in
+from dydiff.device import fast_float32, keep_freed_memory, multiply_in, sum_in_float32
 from dydiff.errors import DydiffError
 from dydiff.replay import ReplayBuffer, count_real, draw_mixed_rows, split_rows
 
@@ -43,7 +43,7 @@ class Updates:
     numbers and differ in rounding only. `auto` is `graph` on a GPU and `compiled` on a CPU that has a compiler, if the run's
     `num_updates` pay for it.
 
-    `precision` is that of the matrix products' inputs: `float32`, or `bf16` (bfloat16) with everything else in float32.
+    `precision` is that of the matrix products: `float32`, or `bf16` with sums, values, losses, weights and Adam in float32.
 
     Raises:
         DydiffError: no such mode or precision, or a mode that cannot work on the agent's device.
@@ -97,7 +97,7 @@ class Updates:
         nums_real = tuple(count_real(each.synthetic, self.batch_size, self.real_ratio) for each in self.learners)
         totals: Sums = {}
         counts: dict[str, int] = {}
-        with fast_float32():
+        with fast_float32(), sum_in_float32():
             for first in range(0, count, self.at_once):
                 variants = self._advance(min(self.at_once, count - first))
                 sums, numbers = self._run_together(variants, nums_real)

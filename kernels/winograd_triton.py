@@ -6,9 +6,10 @@
 A program of `output_kernel` holds one GroupNorm group of one sample, whole channels over all positions, so it needs nothing of
 others, and the convolution's result never leaves its registers: mean first, then the squared deviations, in float32.
 
-Work: the products are 2.5 times less than a direct convolution's, and reading v and writing m hides behind them. What is left is
-traffic: x (1), v (2), m (2), y (1) and the residual (1), in units of an activation. At 2048 x 25 positions and 1024 channels these
-are 0.21 TFLOP where there were 0.54, and 0.7 GB.
+Work: the products are 2.5 times less than a direct convolution's, and at 512 and 1024 channels, where nearly all of them are,
+reading v and writing m hides behind them. What is left is traffic: x (1), v (2), m (2), y (1) and the residual (1), in units of an
+activation. At 2048 x 25 positions and 1024 channels these are 0.21 TFLOP where there were 0.54, and 0.7 GB. Groups of more than
+4096 channels times tiles (a power of two each) do not fit the registers: right, but slow.
 
 Error: where rows are independent, 2.04 times the rounding of a direct convolution in the same 16 bit. Points and products are some
 ten times larger than activations, which leaves float16 (up to 65504) less room. Unmeasured on a card so far.

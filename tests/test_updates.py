@@ -12,7 +12,7 @@ import dydiff.updates
 from dydiff.agents import AGENTS
 from dydiff.capture import can_compile
 from dydiff.data import Transitions
-from dydiff.device import fast_float32
+from dydiff.device import fast_float32, sum_in_float32
 from dydiff.errors import DydiffError
 from dydiff.replay import ReplayBuffer, sample_mixed
 from dydiff.updates import WORTH_COMPILING, Updates, choose_mode
@@ -181,10 +181,10 @@ def test_bf16_updates_are_those_of_float32_but_for_rounding(name, mode):
         figures, expected = ours.run(1), exact.run(1)
         assert figures.keys() == expected.keys()
         for key, value in figures.items():
-            assert value == pytest.approx(expected[key], rel=0.05, abs=0.01), key
+            assert value == pytest.approx(expected[key], rel=0.05, abs=0.05), key
     change, difference = weights(exact) - before, weights(ours) - weights(exact)
     # Of three steps of Adam, which hardly differ in size, a wrong gradient would turn half.
-    assert 1e-4 * change.norm() < difference.norm() < 0.2 * change.norm()
+    assert 1e-4 * change.norm() < difference.norm() < 0.3 * change.norm()
     state = ours.learners[0].agent.state_dict()
     assert all(leaf.dtype != torch.bfloat16 for leaf in torch.utils._pytree.tree_leaves(state) if isinstance(leaf, torch.Tensor))
     assert torch.equal(ours.learners[0].generator.get_state(), exact.learners[0].generator.get_state())
@@ -225,3 +225,16 @@ def test_fast_float32_is_float32_and_leaves_no_trace():
     exact = a.double() @ b.double().mT
     assert (inside - exact).norm() < 1e-6 * exact.norm()
     assert torch.equal(a @ b.mT, before) and torch.get_float32_matmul_precision() == setting
+
+
+def test_sums_are_float32_where_it_is_asked_for():
+    settings = torch.backends.cuda.matmul
+
+    def permitted() -> list[bool]:
+        return [settings.allow_fp16_reduced_precision_reduction, settings.allow_bf16_reduced_precision_reduction]
+
+    before = permitted()
+    with pytest.raises(KeyError), sum_in_float32():
+        assert permitted() == [False, False]
+        raise KeyError
+    assert permitted() == before

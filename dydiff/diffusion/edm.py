@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dydiff.device import sum_in_float32
 from dydiff.kernels.reference import inpaint
 from dydiff.networks.fused_unet import Blocks, FusedUNet
 
@@ -62,7 +63,8 @@ class FusedDenoiser:
         if sigma not in self._time_biases:
             label = model_input.new_full((1,), math.log(sigma) / 4)
             (self._time_biases[sigma],) = self.unet.time_table(label)
-        return self.unet(model_input, self._time_biases[sigma])
+        with sum_in_float32():
+            return self.unet(model_input, self._time_biases[sigma])
 
 
 def edm_loss(
