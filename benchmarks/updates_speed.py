@@ -74,6 +74,11 @@ def find_mode(variant: str) -> tuple[str, int, str]:
     return variant, 0, "float32"
 
 
+def find_dtype(variant: str) -> str:
+    """The dtype of a variant's matrix products."""
+    return "bfloat16" if variant == "bf16" else "float32"
+
+
 class Runner:
     """A variant's agent with its replay: `updates` makes a call's updates, `changes` are those of the check."""
 
@@ -162,8 +167,7 @@ def make_update_case(name: str, variants: Sequence[str], device: str) -> tuple[C
         for label in variants:
             runner = Runner(name, label, device)
             run = torch.enable_grad()(runner.updates)
-            dtype = "bfloat16" if label == "bf16" else "float32"
-            variant = Variant(label, dtype, run, run, runner.count, runner.count * flops)
+            variant = Variant(label, find_dtype(label), run, run, runner.count, runner.count * flops)
             errors[label] = check_output(variant, runner.changes(), expected, TOLERANCE)
             made.append(variant)
     return Case(name, BATCH, 1, made, f"{UPDATES_A_CALL[name]} updates a call", TOLERANCE), errors
@@ -207,8 +211,7 @@ def make_seeds_case(variants: Sequence[str], device: str) -> Case:
 
         runs = {name: torch.enable_grad()(partial(run, group)) for name, group in parts.items()}
         count = SEEDS * UPDATES_A_CALL["td3bc"]
-        dtype = "bfloat16" if mode == "bf16" else "float32"
-        made += [Variant(f"{mode}, {name}", dtype, runs[name], runs["alone"], count, 0.0) for name in runs]
+        made += [Variant(f"{mode}, {name}", find_dtype(mode), runs[name], runs["alone"], count, 0.0) for name in runs]
     return Case("four_seeds", BATCH, 1, made, f"{UPDATES_A_CALL['td3bc']} updates a seed and call", TOLERANCE)
 
 

@@ -15,6 +15,7 @@ the products is the business of the device: unet_cpu.py (C++, bfloat16) and wino
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
 import torch
@@ -39,7 +40,7 @@ class Matrix(Protocol):
         ...
 
 
-class WinogradBlocks:
+class WinogradBlocks(ABC):
     """What the blocks of all devices share; see `unet_reference.ReferenceBlocks` for the methods.
 
     Raises:
@@ -48,19 +49,19 @@ class WinogradBlocks:
 
     dtype: torch.dtype
 
+    @abstractmethod
     def make_matrix(self, weight: Tensor, bias: Tensor | None) -> Matrix:
         """Prepare weight [K, N] and bias [N], float32, for products."""
-        raise NotImplementedError
 
+    @abstractmethod
     def make_points(self, filters: Tensor) -> Any:
         """Prepare the filters' matrices at all points, [POINTS, C_in, C_out] float64."""
-        raise NotImplementedError
 
+    @abstractmethod
     def conv_block(
         self, x: Tensor, skip: Tensor | None, packed: Packed, prefix: str, time_bias: Tensor | None, residual: Tensor | None
     ) -> Tensor:
         """mish(group_norm(conv(x ++ skip))) + time_bias [C_out] + residual [B, L, C_out]; all but x may be absent."""
-        raise NotImplementedError
 
     def pack(self, weights: Weights) -> Packed:
         """Filters of the blocks to a matrix for each point, other convolutions to matrices with their bias; the rest as float32."""

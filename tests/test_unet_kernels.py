@@ -123,6 +123,11 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).double()
 
 
+def with_backends(shapes: list[tuple]) -> list[tuple[tuple, str]]:
+    """Each shape, whose last number is that of taps, with each backend that is made for it: Winograd's is for five."""
+    return [(shape, backend) for shape in shapes for backend in BACKENDS if backend != "triton-c" or shape[-1] == 5]
+
+
 # B, L, channels of x, of skip (0: none), C_out, taps
 BLOCKS = [
     (3, 25, 128, 128, 64, 5),  # the default network's lengths, samples cut by tiles
@@ -136,13 +141,10 @@ BLOCKS = [
 
 
 @on_kernels
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", BLOCKS)
+@pytest.mark.parametrize(("shape", "backend"), with_backends(BLOCKS))
 @pytest.mark.parametrize(("dtype", "capability"), PRECISIONS)
 def test_residual_block(dtype, shape, backend, capability):
     batch, length, width, skip_width, columns, taps = shape
-    if backend == "triton-c" and taps != 5:
-        pytest.skip("the Winograd transforms are those of five taps")
     block = seeded(ResidualBlock, width + skip_width, columns, 8, taps)
     x, skip = rounded(draw(batch, length, width), dtype), rounded(draw(batch, length, skip_width, seed=1), dtype)
     time_bias = draw(columns, seed=2)
@@ -226,12 +228,9 @@ NETWORKS = [
 
 
 @on_kernels
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", NETWORKS)
+@pytest.mark.parametrize(("shape", "backend"), with_backends(NETWORKS))
 def test_whole_network(shape, backend):
     batch, horizon, data_dim, dim, mults, taps = shape
-    if backend == "triton-c" and taps != 5:
-        pytest.skip("the Winograd transforms are those of five taps")
     dtype, capability = PRECISIONS[backend == "triton-b"]  # the blocks' test has all combinations
     unet = seeded(UNet, data_dim, horizon, dim, mults, taps)
     x, label = draw(batch, horizon, data_dim), torch.tensor([0.3], device=DEVICE)

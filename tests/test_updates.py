@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import conformance
 import pytest
@@ -212,6 +213,15 @@ def test_bf16_learns_the_values_of_a_known_problem():
     assert values["bf16"] == pytest.approx(values["float32"], rel=0.02)
 
 
+def test_several_seeds_together_keep_their_precision():
+    figures = {}
+    for precision in ("float32", "bf16"):
+        together = Updates.together([make_updates("td3_bc", "eager", precision=precision) for _ in range(2)])
+        figures[precision] = together.run_all(1)[0]["critic_loss"]
+    assert figures["bf16"] != figures["float32"]
+    assert figures["bf16"] == pytest.approx(figures["float32"], rel=0.02)
+
+
 def test_unknown_precision():
     with pytest.raises(DydiffError, match="'half'.*float32, bf16"):
         make_updates("td3_bc", "eager", precision="half")
@@ -238,3 +248,14 @@ def test_sums_are_float32_where_it_is_asked_for():
         assert permitted() == [False, False]
         raise KeyError
     assert permitted() == before
+
+
+def test_a_run_has_the_precision_that_its_settings_name(run_stage, dataset, tmp_path):
+    values = {}
+    for precision in ("float32", "bf16"):
+        settings = ["--set=rl_trainer_params.real_ratio=1", f"--set=rl_trainer_params.update_precision={precision}"]
+        assert run_stage("td3_bc", dataset, "--device=cpu", *settings, root=tmp_path / precision).status == 0
+        (log,) = (tmp_path / precision).glob("*/log.jsonl")
+        values[precision] = json.loads(log.read_text().splitlines()[-1])["train/q_mean"]
+    assert values["bf16"] != values["float32"]
+    assert values["bf16"] == pytest.approx(values["float32"], rel=0.05, abs=0.01)
