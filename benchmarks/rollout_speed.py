@@ -25,9 +25,11 @@ Peak memory is that of a process of its own, which builds the variant and runs a
 not depend on their number), weights and inputs included: torch.cuda.max_memory_allocated on a GPU; on a CPU the growth of the
 resident set beyond what it was after the imports, the memory of torch.compile itself included. --no-memory skips it.
 
+On a CPU that does not multiply bfloat16 `stock` is float32, and `bf16` must be asked for.
+
 --quick: one shape, fewer repetitions, under 5 minutes on two cores. On a CPU, calls of more than 2 s then count from their
-only run, the checked one (n = 1), the sampler case takes 5 of 34 steps and says so, and the variants `extension` and `compiled`
-must be asked for. The rollout is always complete.
+only run, the checked one (n = 1), the sampler case takes 5 of 34 steps and says so, and the variants `extension`, `compiled`
+and, where there is `bf16`, `winograd` must be asked for. The rollout is always complete.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ from harness import (
 )
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from workload import NUM_STEPS, OURS, Ours, Runner, Shape, Workload, build_runner
+from workload import NUM_STEPS, OURS, Ours, Runner, Shape, Workload, build_runner, fastest_dtype
 
 from dydiff.diffusion.fast_sampler import FastMode
 from dydiff.errors import DydiffError
@@ -66,6 +68,15 @@ from dydiff.errors import DydiffError
 CASES = ("evaluation", "start", "sampler", "rollout")
 QUICK_STEPS = 5
 SKIPPED_IF_QUICK = ("extension", "compiled")  # on a CPU; they cost minutes, and stand near reference and stock
+
+
+def list_skipped(device: str, quick: bool) -> list[str]:
+    """Variants that must be asked for: what is slower than its kin on this device, if only few can be timed or it is hopeless."""
+    if device.startswith("cuda"):
+        return []
+    if fastest_dtype(device) != "bfloat16":
+        return ["bf16", *SKIPPED_IF_QUICK] if quick else ["bf16"]
+    return ["winograd", *SKIPPED_IF_QUICK] if quick else []
 
 
 def without_tf32(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -166,7 +177,7 @@ def run_shape(shape: Shape, session: Session) -> None:
     # On a CPU a second rollout is too dear to warm up, and the network's evaluation has done it.
     patience = thorough if device.startswith("cuda") else dataclasses.replace(thorough, warm_up=False, reuse=shorten)
     work = Workload(shape, device, sampler_steps=QUICK_STEPS if shorten else NUM_STEPS)
-    runners = build_runners(options.variants, work, SKIPPED_IF_QUICK if shorten else ())
+    runners = build_runners(options.variants, work, list_skipped(device, options.quick))
     counts, peaks = Counts(shape), {}
     for name in CASES:
         if name != "evaluation" and name not in options.cases:

@@ -53,19 +53,22 @@ void bind(py::module_ m, Churn churn, ChurnPhilox churn_philox, Euler euler, Heu
     }, release);
 }
 
+template <typename Element>
 void bind_unet(py::module_ m) {
     const auto release = py::call_guard<py::gil_scoped_release>();
-    m.def("winograd_input", [](Address x, Address skip, Address v, int64_t batch, int64_t length, int64_t channels,
-                               int64_t skip_channels, int num_threads) {
-        unet::winograd_input(halves(x), halves(skip), halves(v), batch, length, channels, skip_channels, num_threads);
+    const auto elements = [](Address address) { return reinterpret_cast<Element*>(address); };
+    m.def("winograd_input", [=](Address x, Address skip, Address v, int64_t batch, int64_t length, int64_t channels,
+                                int64_t skip_channels, int num_threads) {
+        unet::winograd_input<Element>(elements(x), elements(skip), elements(v), batch, length, channels, skip_channels,
+                                      num_threads);
     }, release);
-    m.def("winograd_output", [](const std::vector<Address>& m, Address bias, Address norm_weight, Address norm_bias,
-                                Address time_bias, Address residual, Address y, int64_t batch, int64_t length,
-                                int64_t channels, int num_threads) {
-        std::vector<const unet::bfloat16*> points;
-        for (const Address point : m) points.push_back(halves(point));
-        unet::winograd_output(points.data(), pointer(bias), pointer(norm_weight), pointer(norm_bias), pointer(time_bias),
-                              halves(residual), halves(y), batch, length, channels, num_threads);
+    m.def("winograd_output", [=](const std::vector<Address>& m, Address bias, Address norm_weight, Address norm_bias,
+                                 Address time_bias, Address residual, Address y, int64_t batch, int64_t length,
+                                 int64_t channels, int num_threads) {
+        std::vector<const Element*> points;
+        for (const Address point : m) points.push_back(elements(point));
+        unet::winograd_output<Element>(points.data(), pointer(bias), pointer(norm_weight), pointer(norm_bias),
+                                       pointer(time_bias), elements(residual), elements(y), batch, length, channels, num_threads);
     }, release);
 }
 
@@ -107,7 +110,9 @@ PYBIND11_MODULE(_native, m) {
     m.doc() = "Sampler steps, U-Net blocks and training on raw addresses; dydiff.kernels.edm, .unet_cpu and .training_cpu are "
               "the interface.";
     bind_threads(m.def_submodule("threads"));
-    bind_unet(m.def_submodule("unet"));
+    py::module_ unet = m.def_submodule("unet");
+    bind_unet<unet::bfloat16>(unet.def_submodule("bfloat16"));
+    bind_unet<float>(unet.def_submodule("float32"));
     bind_training(m.def_submodule("training"));
     bind<>(m.def_submodule("cpu"), edm::cpu::churn, edm::cpu::churn_philox, edm::cpu::euler, edm::cpu::heun);
 #ifdef DYDIFF_WITH_CUDA

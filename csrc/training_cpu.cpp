@@ -47,7 +47,7 @@ void finish_rows(const bfloat16* x, const float* scale, const float* shift, bflo
         const bfloat16* value = x + row * stride;
         bfloat16* result = y + row * stride;
 #pragma GCC ivdep
-        for (int64_t c = 0; c < width; ++c) result[c] = narrow(mish(widen(value[c]) * scale[c] + shift[c]));
+        for (int64_t c = 0; c < width; ++c) result[c] = narrow<bfloat16>(mish(widen(value[c]) * scale[c] + shift[c]));
     }
 }
 
@@ -79,7 +79,7 @@ void differentiate_norm(const bfloat16* x, const float* slopes, int64_t stride, 
 #pragma GCC ivdep
         for (int64_t c = 0; c < width; ++c) {
             const float normal = (widen(value[c]) - mean) * inverse;
-            result[c] = narrow(inverse * (slope[c] * weight[c] - mean_slope - normal * mean_product));
+            result[c] = narrow<bfloat16>(inverse * (slope[c] * weight[c] - mean_slope - normal * mean_product));
         }
     }
 }
@@ -116,7 +116,7 @@ void update_range(const Pointers at, const float* gradient, int64_t first, int64
 FOR_EACH_CPU
 void update_range(const Pointers at, const bfloat16* gradient, bfloat16* copy, int64_t first, int64_t last, const Update u) {
 #pragma GCC ivdep
-    for (int64_t i = first; i < last; ++i) copy[i] = narrow(updated(at, i, widen(gradient[i]), u));
+    for (int64_t i = first; i < last; ++i) copy[i] = narrow<bfloat16>(updated(at, i, widen(gradient[i]), u));
 }
 
 }  // namespace

@@ -27,7 +27,15 @@ ALWAYS_INLINE float widen(bfloat16 value) {
     return result;
 }
 
+ALWAYS_INLINE float widen(float value) { return value; }
+
+template <typename Element>
+ALWAYS_INLINE Element narrow(float value) {
+    return value;
+}
+
 // Rounds to nearest even; NaN stays NaN.
+template <>
 ALWAYS_INLINE bfloat16 narrow(float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);

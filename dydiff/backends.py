@@ -1,15 +1,17 @@
-"""What evaluates the diffusion network during a rollout: plain PyTorch, torch.compile, or fused blocks in 16 bit.
+"""What evaluates the diffusion network during a rollout: plain PyTorch, torch.compile, or fused blocks.
 
     reference   float32, plain PyTorch throughout: the oracle
     extension   float32 network, compiled sampler step (csrc/)
     compiled    float32 network through torch.compile
     bf16        CPU: fused Winograd blocks in bfloat16 (kernels/unet_cpu.py)
+    winograd    CPU: the same in float32
     triton-a    GPU: float16, one kernel a convolution with its normalisation, where a tile holds whole samples; else triton-b
     triton-b    GPU: float16, the convolution as one matrix product and a second pass for the normalisation
     triton-c    GPU: float16, Winograd convolutions whose products are cuBLAS's (kernels/winograd_triton.py)
     auto        the fastest that keeps rollouts within 2e-2 of float32: on the CPU bf16, where the processor multiplies bfloat16
-                and no norm goes over a few elements only; on a GPU the fastest of triton-a, -b and -c, if a trial there, with
-                the network's own weights, finds it right and faster than float32 (trial.py); else extension
+                and no norm goes over a few elements only, else winograd; on a GPU the fastest of triton-a, -b and -c, if a trial
+                there, with the network's own weights, finds it right and faster than float32 (trial.py); else, and for networks
+                that the others are not for, extension
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ from dydiff.networks.unet import UNet
 from dydiff.progress import say
 from dydiff.trial import find_fault, time_evaluations
 
-BACKENDS = ("auto", "reference", "extension", "compiled", "bf16", "triton-a", "triton-b", "triton-c")
+BACKENDS = ("auto", "reference", "extension", "compiled", "bf16", "winograd", "triton-a", "triton-b", "triton-c")
+ON_CPU = {"bf16": torch.bfloat16, "winograd": torch.float32}
 TRITON = ("triton-a", "triton-b", "triton-c")
 IN_16_BIT = ("bf16", *TRITON)
 # A norm over few elements blows up rounding: with groups of 2 the network was wrong by 50 %, with 32 and more by 2 to 4 %.
@@ -75,10 +78,10 @@ def prepare_denoiser(denoiser: Denoiser, backend: str, batch: int = LARGEST_TRIA
         raise DydiffError(edm.why_unavailable(device))
     if backend == "compiled":
         return CompiledDenoiser(denoiser)
-    if backend == "bf16":
+    if backend in ON_CPU:
         if device.type != "cpu" or not isinstance(denoiser.network, UNet):
-            raise NotForNetwork("Rollout backend 'bf16' is for UNet_RL on the CPU; use 'auto'.")
-        return FusedDenoiser(denoiser, CpuBlocks())
+            raise NotForNetwork(f"Rollout backend '{backend}' is for UNet_RL on the CPU; use 'auto'.")
+        return FusedDenoiser(denoiser, CpuBlocks(ON_CPU[backend]))
     if backend.startswith("triton"):
         return FusedDenoiser(denoiser, _make_triton_blocks(denoiser, backend, device))
     return denoiser
@@ -102,7 +105,7 @@ def _make_triton_blocks(denoiser: Denoiser, backend: str, device: torch.device) 
 def is_available(backend: str, device: torch.device | str = "cpu") -> bool:
     """Whether a backend can be used on this machine's device with a network that fits it."""
     device = torch.device(device)
-    if backend == "bf16":
+    if backend in ON_CPU:
         return device.type == "cpu" and not edm.why_unavailable(device)
     if backend == "extension":
         return not edm.why_unavailable(device)
@@ -118,9 +121,9 @@ def choose_backend(denoiser: Denoiser, device: torch.device, batch: int = LARGES
         DydiffError: the trial left the GPU unusable for this process.
     """
     network = denoiser.network
-    fits = isinstance(network, UNet) and network.kernel_size == TAPS and network.smallest_group >= SMALLEST_GROUP
-    if device.type == "cpu" and fits and has_fast_bf16(device) and not edm.why_unavailable(device):
-        return "bf16"
+    fits = isinstance(network, UNet) and network.kernel_size == TAPS
+    if device.type == "cpu" and fits and not edm.why_unavailable(device):
+        return "bf16" if has_fast_bf16(device) and network.smallest_group >= SMALLEST_GROUP else "winograd"
     plain = edm.available_backend(device, torch.float32)
     if device.type == "cuda" and isinstance(network, UNet):
         verdicts, key = _verdicts.setdefault(denoiser, {}), (device, min(batch, LARGEST_TRIAL))

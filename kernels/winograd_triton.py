@@ -29,9 +29,9 @@ from dydiff.kernels.launch import Launch
 from dydiff.kernels.layout import round_up
 from dydiff.kernels.matmul import mish
 from dydiff.kernels.unet_reference import GROUPS, Weights
-from dydiff.kernels.winograd import POINTS, REAL_POINTS, TILE, Packed, WinogradBlocks
+from dydiff.kernels.winograd import F5, Packed, WinogradBlocks
 
-A, B, C = (tl.constexpr(point) for point in REAL_POINTS)
+A, B, C = (tl.constexpr(point) for point in F5.real_points)
 
 
 @triton.jit
@@ -190,7 +190,7 @@ def transform_input(x: Tensor, v: Tensor, offset: int) -> Launch:
         "out": v,
         "samples": batch,
         "length": length,
-        "tiles": triton.cdiv(length, TILE),
+        "tiles": triton.cdiv(length, F5.tile),
         "CHANNELS": channels,
         "WIDTH": v.shape[2],
         "OFFSET": offset,
@@ -206,7 +206,7 @@ def transform_output(
 ) -> Launch:
     """The launch that finishes a block: m [10, B T, C] -> out [B, L, C]; time [C] and residual [B, L, C] may be absent."""
     batch, length, channels = out.shape
-    tiles, group = triton.cdiv(length, TILE), channels // GROUPS
+    tiles, group = triton.cdiv(length, F5.tile), channels // GROUPS
     held = triton.next_power_of_2(tiles) * triton.next_power_of_2(group)
     arguments = {
         "m": m,
@@ -246,6 +246,8 @@ class TritonWinogradBlocks(WinogradBlocks):
         DydiffError: from `pack`, a kernel size other than 5.
     """
 
+    transform = F5
+
     def __init__(self, dtype: torch.dtype = torch.float16, execute: Callable[[Launch], None] = Launch.run):
         self.dtype = dtype
         self.execute = execute
@@ -272,9 +274,9 @@ class TritonWinogradBlocks(WinogradBlocks):
     def conv_block(
         self, x: Tensor, skip: Tensor | None, packed: Packed, prefix: str, time_bias: Tensor | None, residual: Tensor | None
     ) -> Tensor:
-        filters = packed[prefix + "conv.weight"]  # [POINTS, C_in, C_out]
+        filters = packed[prefix + "conv.weight"]  # [points, C_in, C_out]
         batch, length, channels = x.shape
-        v = x.new_empty(POINTS, batch * triton.cdiv(length, TILE), filters.shape[1])
+        v = x.new_empty(F5.points, batch * triton.cdiv(length, F5.tile), filters.shape[1])
         self.execute(transform_input(x, v, 0))
         if skip is not None:
             self.execute(transform_input(skip, v, channels))

@@ -1,12 +1,12 @@
-"""The bf16 CPU blocks against float64: Winograd transforms, normalisation, activation, resampling, at odd shapes."""
+"""The CPU blocks in bfloat16 and float32 against float64: Winograd transforms, norm, activation, resampling, at odd shapes."""
 
 import sys
 
 import pytest
 import torch
 
+from dydiff import backends
 from dydiff.backends import choose_backend, prepare_denoiser
-from dydiff.device import has_fast_bf16
 from dydiff.diffusion.edm import Denoiser
 from dydiff.errors import DydiffError
 from dydiff.kernels import edm, matrix_cpu, native
@@ -17,43 +17,46 @@ from dydiff.networks.unet import ResidualBlock, UNet
 
 pytestmark = pytest.mark.skipif(bool(edm.why_unavailable("cpu")), reason="the compiled CPU unit is not built here")
 
-# Winograd on bfloat16 rows amplifies rounding (kernels/unet_cpu.py says by how much); plain bfloat16 is the yardstick.
-WINOGRAD_FACTOR = 3.0
+# Winograd amplifies rounding (kernels/winograd.py says by how much); plain convolutions of the same dtype are the yardstick.
+WINOGRAD_FACTOR = {torch.bfloat16: 3.0, torch.float32: 400.0}
+DTYPES = pytest.mark.parametrize("dtype", WINOGRAD_FACTOR, ids=str)
 
 
-def poisoned(*shape: int) -> None:
+def poisoned(*shape: int, dtype: torch.dtype) -> None:
     """Fill memory of that size with NaN and free it, so that an unwritten output shows."""
-    del [torch.full(shape, float("nan"), dtype=torch.bfloat16) for _ in range(4)][:]
+    del [torch.full(shape, float("nan"), dtype=dtype) for _ in range(4)][:]
 
 
 def run_block(blocks, x, skip, weights, time_bias):
     """[B, C, L] in and out, whatever the backend's layout is."""
     channels_last = isinstance(blocks, CpuBlocks)
-    enter = (lambda t: t.transpose(1, 2).bfloat16().contiguous()) if channels_last else (lambda t: t.to(blocks.dtype))
+    enter = (lambda t: t.transpose(1, 2).to(blocks.dtype).contiguous()) if channels_last else (lambda t: t.to(blocks.dtype))
     y = blocks.residual_block(enter(x), None if skip is None else enter(skip), blocks.pack(weights), time_bias)
     return (y.transpose(1, 2) if channels_last else y).double()
 
 
+@DTYPES
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(
     "length, channels, skip_channels, out_channels",
     [(1, 16, 0, 128), (2, 7, 0, 64), (5, 16, 0, 32), (25, 32, 32, 8), (50, 24, 8, 40), (13, 64, 0, 128), (7, 512, 0, 64)],
 )  # norms over 16 elements and more: those over a few turn the sign of a rounding error into the result
-def test_residual_block(batch, length, channels, skip_channels, out_channels):
+def test_residual_block(batch, length, channels, skip_channels, out_channels, dtype):
     torch.manual_seed(0)
     block = ResidualBlock(channels + skip_channels, out_channels, 8, 5).double()
     weights = block.state_dict()
     x, time_bias = torch.randn(batch, channels, length).double() + 3, torch.randn(out_channels).double()
     skip = torch.randn(batch, skip_channels, length).double() if skip_channels else None
     exact = run_block(ReferenceBlocks(torch.float64), x, skip, weights, time_bias)
-    plain = run_block(ReferenceBlocks(torch.bfloat16), x, skip, weights, time_bias)
-    poisoned(batch, length, max(channels + skip_channels, out_channels) * 6)
-    fused = run_block(CpuBlocks(), x, skip, weights, time_bias.float())
+    plain = run_block(ReferenceBlocks(dtype), x, skip, weights, time_bias)
+    poisoned(batch, length, max(channels + skip_channels, out_channels) * 6, dtype=dtype)
+    fused = run_block(CpuBlocks(dtype), x, skip, weights, time_bias.float())
     assert torch.isfinite(fused).all()
-    assert (fused - exact).abs().max() <= WINOGRAD_FACTOR * (plain - exact).abs().max()
+    assert (fused - exact).abs().max() <= WINOGRAD_FACTOR[dtype] * (plain - exact).abs().max()
 
 
-def test_mish_at_its_ends():
+@DTYPES
+def test_mish_at_its_ends(dtype):
     """Where e^x leaves the range of floats on either side."""
     torch.manual_seed(0)
     block = ResidualBlock(16, 32, 8, 5).double()
@@ -61,60 +64,71 @@ def test_mish_at_its_ends():
         torch.nn.init.uniform_(conv_block.norm.weight, 50, 100)
     weights, x, time_bias = block.state_dict(), torch.randn(2, 16, 25).double(), torch.zeros(32).double()
     exact = run_block(ReferenceBlocks(torch.float64), x, None, weights, time_bias)
-    plain = run_block(ReferenceBlocks(torch.bfloat16), x, None, weights, time_bias)
-    fused = run_block(CpuBlocks(), x, None, weights, time_bias.float())
+    plain = run_block(ReferenceBlocks(dtype), x, None, weights, time_bias)
+    fused = run_block(CpuBlocks(dtype), x, None, weights, time_bias.float())
     assert exact.max() > 100 and torch.isfinite(fused).all()
-    assert (fused - exact).norm() <= WINOGRAD_FACTOR * (plain - exact).norm()
+    assert (fused - exact).norm() <= WINOGRAD_FACTOR[dtype] * (plain - exact).norm()
 
 
+@DTYPES
 @pytest.mark.parametrize("ordered", [True, False])
-def test_constant_matrix(ordered, monkeypatch):
-    if ordered and not matrix_cpu.can_order():
+def test_constant_matrices(ordered, dtype, monkeypatch):
+    if ordered and not matrix_cpu.can_order(dtype):
         pytest.skip("PyTorch cannot lay out matrices for oneDNN here")
-    monkeypatch.setattr(matrix_cpu, "can_order", lambda: ordered)
+    monkeypatch.setattr(matrix_cpu, "can_order", lambda dtype: ordered)
     generator = torch.Generator().manual_seed(0)
-    rows, weight, bias = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((5, 70), (70, 33), (33,)))
-    product = matrix_cpu.ConstantMatrix(weight, bias).multiply(rows)
-    exact = rows.double() @ weight.double() + bias.double()
-    assert product.dtype == torch.bfloat16
-    assert (product.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
+    rows, weight, bias = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((3, 5, 70), (3, 70, 33), (33,)))
+    exact = rows.double() @ weight.double()
+
+    def insist_on(product: torch.Tensor, exact: torch.Tensor) -> None:
+        assert product.dtype == dtype
+        assert (product.double() - exact).abs().max() <= (torch.finfo(dtype).eps / 2 + 1e-6) * exact.abs().max()  # float32 sums
+
+    insist_on(matrix_cpu.ConstantMatrix(weight[0], bias, dtype).multiply(rows[0]), exact[0] + bias.double())
+    for large in (1, 10**9):  # float32 matrices are laid out, or a stack
+        monkeypatch.setattr(matrix_cpu, "LARGE", large)
+        matrices = matrix_cpu.ConstantMatrices(weight, dtype)
+        insist_on(torch.stack(list(matrices.multiply(rows))), exact)
     weight.zero_()
-    assert torch.equal(matrix_cpu.ConstantMatrix(weight).multiply(rows), torch.zeros(5, 33, dtype=torch.bfloat16))
+    assert torch.equal(matrix_cpu.ConstantMatrix(weight[0], None, dtype).multiply(rows[0]), torch.zeros(5, 33, dtype=dtype))
 
 
+@DTYPES
 @pytest.mark.parametrize("name, length", [("downsample", 2), ("downsample", 26), ("upsample", 1), ("upsample", 25)])
-def test_resampling(name, length):
+def test_resampling(name, length, dtype):
     torch.manual_seed(0)
     layer = torch.nn.Conv1d(16, 16, 3, 2, 1) if name == "downsample" else torch.nn.ConvTranspose1d(16, 16, 4, 2, 1)
     x = torch.randn(3, length, 16)
-    blocks = CpuBlocks()
-    ours = getattr(blocks, name)(x.bfloat16(), blocks.pack(layer.state_dict())).double()
+    blocks = CpuBlocks(dtype)
+    ours = getattr(blocks, name)(x.to(dtype), blocks.pack(layer.state_dict())).double()
     exact = layer.double()(x.double().transpose(1, 2)).transpose(1, 2)
-    plain = layer.bfloat16()(x.bfloat16().transpose(1, 2)).transpose(1, 2).double()
+    plain = layer.to(dtype)(x.to(dtype).transpose(1, 2)).transpose(1, 2).double()
     assert ours.shape == exact.shape
     assert (ours - exact).abs().max() <= 2 * (plain - exact).abs().max()
 
 
+@DTYPES
 @pytest.mark.parametrize(
     "horizon, dim, mults, data_dim", [(4, 64, (1, 2, 4), 3), (20, 16, (1, 2, 4), 7), (100, 16, (1, 4, 8), 14), (7, 8, (2,), 1)]
 )
-def test_whole_network(horizon, dim, mults, data_dim):
+def test_whole_network(horizon, dim, mults, data_dim, dtype):
     torch.manual_seed(0)
     unet = UNet(data_dim, horizon, dim, mults)
     x, label = torch.randn(5, horizon, data_dim), torch.tensor([0.3])
-    fused = FusedUNet(unet, CpuBlocks())
+    fused = FusedUNet(unet, CpuBlocks(dtype))
     ours = fused(x, fused.time_table(label)[0])
     with torch.no_grad():
         exact = unet.double()(x.double(), label.double())
-        plain = unet.bfloat16()(x.bfloat16(), label.bfloat16()).double()
+        plain = unet.to(dtype)(x.to(dtype), label.to(dtype)).double()
     assert ours.dtype == torch.float32 and ours.is_contiguous()
-    assert (ours - exact).norm() <= WINOGRAD_FACTOR * (plain - exact).norm()
+    assert (ours - exact).norm() <= WINOGRAD_FACTOR[dtype] * (plain - exact).norm()
 
 
+@DTYPES
 @pytest.mark.parametrize("joined", [True, False])
-def test_thread_count_changes_nothing(joined):
+def test_thread_count_changes_nothing(joined, dtype):
     unet = UNet(3, 8, 8, (1, 2))
-    fused = FusedUNet(unet, CpuBlocks())
+    fused = FusedUNet(unet, CpuBlocks(dtype))
     x, biases = torch.randn(7, 8, 3), fused.time_table(torch.tensor([0.1]))[0]
     threads = torch.get_num_threads()
     if not joined:
@@ -135,15 +149,18 @@ def test_the_extension_joins_the_threads_of_pytorch():
     assert native.join_threads()
 
 
-def test_auto_avoids_norms_over_a_few_elements():
+@pytest.mark.parametrize("fast", [True, False])
+def test_auto_takes_bf16_where_it_is_fast_and_norms_go_over_many_elements(fast, monkeypatch):
+    monkeypatch.setattr(backends, "has_fast_bf16", lambda device: fast)
     small, enough = (Denoiser(UNet(3, horizon, 8, (1, 2, 4)), 2) for horizon in (32, 64))
     assert (small.network.smallest_group, enough.network.smallest_group) == (16, 32)
-    assert choose_backend(small, torch.device("cpu")) == "extension"
-    assert choose_backend(enough, torch.device("cpu")) == ("bf16" if has_fast_bf16(torch.device("cpu")) else "extension")
+    assert choose_backend(small, torch.device("cpu")) == "winograd"
+    assert choose_backend(enough, torch.device("cpu")) == ("bf16" if fast else "winograd")
 
 
-def test_other_kernel_sizes_are_refused_with_a_remedy_and_auto_avoids_them():
+@pytest.mark.parametrize("backend", backends.ON_CPU)
+def test_other_kernel_sizes_are_refused_with_a_remedy_and_auto_avoids_them(backend):
     denoiser = Denoiser(UNet(3, 8, 8, (1, 2), kernel_size=3), 2)
     with pytest.raises(DydiffError, match="backend=extension"):
-        prepare_denoiser(denoiser, "bf16")
+        prepare_denoiser(denoiser, backend)
     assert choose_backend(denoiser, torch.device("cpu")) == "extension"

@@ -1,0 +1,99 @@
+// Winograd's transforms of a convolution of five taps, one channel at a time; kernels/winograd.py says what the points are and why.
+#pragma once
+
+#include "vectors.h"
+
+namespace winograd {
+
+// y = A^T [(G w) * (B^T x)] for the points p and -p of PAIRS numbers, infinity, and with WITH_I the pair +-i.
+//
+// Row p of B^T holds the coefficients of M(x) / (x - p), M being the polynomial whose roots all points are. It is (x + p) Q(x^2), and
+// Q, which has the other points' squares as roots, serves -p too: a point and its negative share its even and its odd part.
+template <int PAIRS, bool WITH_I>
+struct Transform {
+    static constexpr int SPAN = 2 * (PAIRS + WITH_I) + 1, TILE = SPAN - 4;  // input and output rows of a tile
+    static constexpr int POINTS = 2 * PAIRS + 3 * WITH_I + 1;               // products of a tile
+    static constexpr int LAST = PAIRS + WITH_I;                             // M's degree in x^2
+
+    float point[PAIRS] = {}, power[PAIRS][TILE] = {};
+    float others[PAIRS][LAST] = {}, others_of_i[LAST] = {}, all[LAST + 1] = {};
+
+    constexpr explicit Transform(const double (&points)[PAIRS]) {
+        for (int k = 0; k < PAIRS; ++k) {
+            point[k] = static_cast<float>(points[k]);
+            double value = 1;
+            for (int i = 0; i < TILE; ++i, value *= points[k]) power[k][i] = static_cast<float>(value);
+            multiply_roots(points, k, others[k]);
+        }
+        if (WITH_I) multiply_roots(points, PAIRS, others_of_i);
+        multiply_roots(points, -1, all);
+    }
+
+    // B^T: input rows r -> points v, in the order p, -p for each of the numbers, remainder modulo x^2 + 1, infinity.
+    ALWAYS_INLINE void input(const float* r, float* v) const {
+#pragma GCC unroll 16
+        for (int k = 0; k < PAIRS; ++k) {
+            const float even = dot<LAST>(others[k], r), odd = dot<LAST>(others[k], r + 1);
+            v[2 * k] = odd + point[k] * even;
+            v[2 * k + 1] = odd - point[k] * even;
+        }
+        if constexpr (WITH_I) {
+            const float even = dot<LAST>(others_of_i, r), odd = dot<LAST>(others_of_i, r + 1);
+            v[2 * PAIRS] = even - odd;
+            v[2 * PAIRS + 1] = even + odd;
+            v[2 * PAIRS + 2] = odd;
+        }
+        v[POINTS - 1] = dot<LAST + 1>(all, r);
+    }
+
+    // A^T: products m -> output rows y.
+    ALWAYS_INLINE void output(const float* m, float* y) const {
+#pragma GCC unroll 16
+        for (int k = 0; k < PAIRS; ++k) {
+            const float even = m[2 * k] + m[2 * k + 1], odd = m[2 * k] - m[2 * k + 1];
+#pragma GCC unroll 16
+            for (int i = 0; i < TILE; ++i) {
+                const float term = power[k][i] * (i % 2 ? odd : even);
+                y[i] = k ? y[i] + term : term;
+            }
+        }
+        if constexpr (WITH_I) {
+            const float even = m[2 * PAIRS] + m[2 * PAIRS + 2], odd = m[2 * PAIRS + 1] + m[2 * PAIRS + 2];
+#pragma GCC unroll 16
+            for (int i = 0; i < TILE; ++i) y[i] += (i / 2 % 2 ? -1.0f : 1.0f) * (i % 2 ? odd : even);
+        }
+        y[TILE - 1] += m[POINTS - 1];
+    }
+
+  private:
+    // The coefficients in x^2 of the polynomial whose roots are all points' squares but that of number `left_out`; PAIRS is i.
+    template <int SIZE>
+    static constexpr void multiply_roots(const double (&points)[PAIRS], int left_out, float (&coefficients)[SIZE]) {
+        double product[LAST + 1] = {1};
+        int degree = 0;
+        for (int k = 0; k < LAST; ++k) {
+            if (k == left_out) continue;
+            const double root = k < PAIRS ? points[k] * points[k] : -1;
+            for (int i = ++degree; i >= 0; --i) product[i] = (i ? product[i - 1] : 0) - root * product[i];
+        }
+        for (int i = 0; i < SIZE; ++i) coefficients[i] = static_cast<float>(product[i]);
+    }
+
+    // Every second row times a coefficient.
+    template <int SIZE>
+    static ALWAYS_INLINE float dot(const float (&coefficients)[SIZE], const float* r) {
+        float sum = coefficients[0] * r[0];
+#pragma GCC unroll 16
+        for (int i = 1; i < SIZE; ++i) sum += coefficients[i] * r[2 * i];
+        return sum;
+    }
+};
+
+template <typename Element>
+inline constexpr int transform = 0;
+template <>
+inline constexpr Transform<3, true> transform<vectors::bfloat16>({1.0 / 3, 7.0 / 8, 8.0 / 5});
+template <>
+inline constexpr Transform<8, false> transform<float>({0.13, 0.39, 0.63, 0.85, 1.05, 1.34, 1.94, 3.8});
+
+}  // namespace winograd
