@@ -9,8 +9,9 @@ windows, loss, gradients, gradient repair, Adam, moving average of the weights. 
 
     published   eager float32 on [B, C, H] (on a GPU with PyTorch's default TF32 convolutions); windows copied from the dataset
                 once and served by a DataLoader; torch.optim.Adam as it comes; loops over the parameters for repair and average
-    stock       Conv2d(1, k) channels-last under bfloat16 autocast, fused Adam, foreach operators, windows gathered on the
-                device; eager or, but for --quick, torch.compile, whichever is faster here
+    stock       Conv2d(1, k) channels-last under bfloat16 autocast (on a CPU that does not multiply bfloat16: Conv1d in float32),
+                fused Adam, foreach operators, windows gathered on the device; eager or, but for --quick, torch.compile,
+                whichever is faster here
     reference   dydiff's trainer with --precision float32
     ours        dydiff's trainer with --precision auto
 
@@ -50,6 +51,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dydiff.data import Dataset, Limits, Windows
+from dydiff.device import has_fast_bf16
 from dydiff.diffusion.edm import Denoiser, draw_sigma, edm_loss
 from dydiff.diffusion.training import DiffusionTrainer
 from dydiff.networks.unet import UNet
@@ -137,12 +139,14 @@ class Published:
 class Stock:
     """The same from PyTorch's fastest parts."""
 
-    dtype = "bfloat16"
-
     def __init__(self, work: Workload, compile: bool):
         self.work = work
         self.kind = torch.device(work.device).type
-        network = work.plain_network(flat=False).to(memory_format=torch.channels_last)
+        in_16_bit = has_fast_bf16(torch.device(work.device))
+        self.dtype = "bfloat16" if in_16_bit else "float32"
+        network = work.plain_network(flat=not in_16_bit)
+        if in_16_bit:
+            network = network.to(memory_format=torch.channels_last)
         self.denoiser = Denoiser(network, OBSERVATION_DIM)
         self.parameters = list(network.parameters())
         self.averages = [parameter.detach().clone() for parameter in self.parameters]
@@ -160,7 +164,7 @@ class Stock:
         self.loss = candidates[self.detail]
 
     def _loss(self, clean: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
-        with torch.autocast(self.kind, torch.bfloat16):
+        with torch.autocast(self.kind, torch.bfloat16, enabled=self.dtype == "bfloat16"):
             return edm_loss(self.denoiser, clean, sigma, noise).sum() / len(clean)
 
     def _descend(self) -> Tensor:

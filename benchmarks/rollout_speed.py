@@ -60,8 +60,9 @@ from harness import (
 )
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from workload import NUM_STEPS, OURS, Ours, Runner, Shape, Workload, build_runner, fastest_dtype
+from workload import NUM_STEPS, OURS, Ours, Runner, Shape, Workload, build_runner
 
+from dydiff.device import has_fast_bf16
 from dydiff.diffusion.fast_sampler import FastMode
 from dydiff.errors import DydiffError
 
@@ -74,7 +75,7 @@ def list_skipped(device: str, quick: bool) -> list[str]:
     """Variants that must be asked for: what is slower than its kin on this device, if only few can be timed or it is hopeless."""
     if device.startswith("cuda"):
         return []
-    if fastest_dtype(device) != "bfloat16":
+    if not has_fast_bf16(torch.device(device)):
         return ["bf16", *SKIPPED_IF_QUICK] if quick else ["bf16"]
     return ["winograd", *SKIPPED_IF_QUICK] if quick else []
 
