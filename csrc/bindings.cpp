@@ -72,19 +72,28 @@ void bind_unet(py::module_ m) {
     }, release);
 }
 
+template <typename Element>
+void bind_norm_mish(py::module_ m) {
+    const auto release = py::call_guard<py::gil_scoped_release>();
+    const auto elements = [](Address address) { return reinterpret_cast<Element*>(address); };
+    m.def("norm_mish", [=](Address x, Address weight, Address bias, Address y, Address statistics, int64_t batch,
+                           int64_t length, int64_t channels, int num_threads) {
+        training::norm_mish<Element>(elements(x), pointer(weight), pointer(bias), elements(y), pointer(statistics), batch,
+                                     length, channels, num_threads);
+    }, release);
+    m.def("norm_mish_backward", [=](Address x, Address dy, Address weight, Address bias, Address statistics, Address dx,
+                                    Address dweight, Address dbias, int64_t batch, int64_t length, int64_t channels,
+                                    int num_threads) {
+        training::norm_mish_backward<Element>(elements(x), elements(dy), pointer(weight), pointer(bias), pointer(statistics),
+                                              elements(dx), pointer(dweight), pointer(dbias), batch, length, channels,
+                                              num_threads);
+    }, release);
+}
+
 void bind_training(py::module_ m) {
     const auto release = py::call_guard<py::gil_scoped_release>();
-    m.def("norm_mish", [](Address x, Address weight, Address bias, Address y, Address statistics, int64_t batch,
-                          int64_t length, int64_t channels, int num_threads) {
-        training::norm_mish(halves(x), pointer(weight), pointer(bias), halves(y), pointer(statistics), batch, length, channels,
-                            num_threads);
-    }, release);
-    m.def("norm_mish_backward", [](Address x, Address dy, Address weight, Address bias, Address statistics, Address dx,
-                                   Address dweight, Address dbias, int64_t batch, int64_t length, int64_t channels,
-                                   int num_threads) {
-        training::norm_mish_backward(halves(x), halves(dy), pointer(weight), pointer(bias), pointer(statistics), halves(dx),
-                                     pointer(dweight), pointer(dbias), batch, length, channels, num_threads);
-    }, release);
+    bind_norm_mish<training::bfloat16>(m.def_submodule("bfloat16"));
+    bind_norm_mish<float>(m.def_submodule("float32"));
     m.def("adam_average", [](Address p, Address m, Address v, Address average, Address gradient, Address low_gradient,
                              Address low_copy, int64_t count, float one_minus_beta_1, float beta_2, float one_minus_beta_2,
                              float epsilon, float step_size, float root_correction_2, float rate, float limit,

@@ -27,10 +27,11 @@ ALWAYS_INLINE float mish_slope(float z) {
 }
 
 // Sums over one group's rows of the deviations from `center` and of their squares, one accumulator a channel.
-FOR_EACH_CPU
-void accumulate(const bfloat16* x, int64_t stride, float center, float* sum, float* square, int64_t rows, int64_t width) {
+template <typename Element>
+FOR_EACH_CPU void accumulate(const Element* x, int64_t stride, float center, float* sum, float* square, int64_t rows,
+                             int64_t width) {
     for (int64_t row = 0; row < rows; ++row) {
-        const bfloat16* value = x + row * stride;
+        const Element* value = x + row * stride;
 #pragma GCC ivdep
         for (int64_t c = 0; c < width; ++c) {
             const float deviation = widen(value[c]) - center;
@@ -40,23 +41,24 @@ void accumulate(const bfloat16* x, int64_t stride, float center, float* sum, flo
     }
 }
 
-FOR_EACH_CPU
-void finish_rows(const bfloat16* x, const float* scale, const float* shift, bfloat16* y, int64_t stride, int64_t rows,
-                 int64_t width) {
+template <typename Element>
+FOR_EACH_CPU void finish_rows(const Element* x, const float* scale, const float* shift, Element* y, int64_t stride, int64_t rows,
+                              int64_t width) {
     for (int64_t row = 0; row < rows; ++row) {
-        const bfloat16* value = x + row * stride;
-        bfloat16* result = y + row * stride;
+        const Element* value = x + row * stride;
+        Element* result = y + row * stride;
 #pragma GCC ivdep
-        for (int64_t c = 0; c < width; ++c) result[c] = narrow<bfloat16>(mish(widen(value[c]) * scale[c] + shift[c]));
+        for (int64_t c = 0; c < width; ++c) result[c] = narrow<Element>(mish(widen(value[c]) * scale[c] + shift[c]));
     }
 }
 
 // dz of one group's rows into `slopes` [L, width]; sums of dz and of dz x_hat over the rows, one a channel.
-FOR_EACH_CPU
-void differentiate_mish(const bfloat16* x, const bfloat16* dy, int64_t stride, float mean, float inverse, const float* weight,
-                        const float* bias, float* slopes, float* sum, float* product, int64_t rows, int64_t width) {
+template <typename Element>
+FOR_EACH_CPU void differentiate_mish(const Element* x, const Element* dy, int64_t stride, float mean, float inverse,
+                                     const float* weight, const float* bias, float* slopes, float* sum, float* product,
+                                     int64_t rows, int64_t width) {
     for (int64_t row = 0; row < rows; ++row) {
-        const bfloat16 *value = x + row * stride, *gradient = dy + row * stride;
+        const Element *value = x + row * stride, *gradient = dy + row * stride;
         float* slope = slopes + row * width;
 #pragma GCC ivdep
         for (int64_t c = 0; c < width; ++c) {
@@ -69,17 +71,18 @@ void differentiate_mish(const bfloat16* x, const bfloat16* dy, int64_t stride, f
     }
 }
 
-FOR_EACH_CPU
-void differentiate_norm(const bfloat16* x, const float* slopes, int64_t stride, float mean, float inverse, const float* weight,
-                        float mean_slope, float mean_product, bfloat16* dx, int64_t rows, int64_t width) {
+template <typename Element>
+FOR_EACH_CPU void differentiate_norm(const Element* x, const float* slopes, int64_t stride, float mean, float inverse,
+                                     const float* weight, float mean_slope, float mean_product, Element* dx, int64_t rows,
+                                     int64_t width) {
     for (int64_t row = 0; row < rows; ++row) {
-        const bfloat16* value = x + row * stride;
+        const Element* value = x + row * stride;
         const float* slope = slopes + row * width;
-        bfloat16* result = dx + row * stride;
+        Element* result = dx + row * stride;
 #pragma GCC ivdep
         for (int64_t c = 0; c < width; ++c) {
             const float normal = (widen(value[c]) - mean) * inverse;
-            result[c] = narrow<bfloat16>(inverse * (slope[c] * weight[c] - mean_slope - normal * mean_product));
+            result[c] = narrow<Element>(inverse * (slope[c] * weight[c] - mean_slope - normal * mean_product));
         }
     }
 }
@@ -121,7 +124,8 @@ void update_range(const Pointers at, const bfloat16* gradient, bfloat16* copy, i
 
 }  // namespace
 
-void norm_mish(const bfloat16* x, const float* weight, const float* bias, bfloat16* y, float* statistics, int64_t batch,
+template <typename Element>
+void norm_mish(const Element* x, const float* weight, const float* bias, Element* y, float* statistics, int64_t batch,
                int64_t length, int64_t channels, int num_threads) {
     const int64_t width = channels / GROUPS;
     parallel(batch * GROUPS, enough_threads(batch * length * channels, num_threads), [=](int64_t begin, int64_t end) {
@@ -149,8 +153,9 @@ void norm_mish(const bfloat16* x, const float* weight, const float* bias, bfloat
     });
 }
 
-void norm_mish_backward(const bfloat16* x, const bfloat16* dy, const float* weight, const float* bias, const float* statistics,
-                        bfloat16* dx, float* dweight, float* dbias, int64_t batch, int64_t length, int64_t channels,
+template <typename Element>
+void norm_mish_backward(const Element* x, const Element* dy, const float* weight, const float* bias, const float* statistics,
+                        Element* dx, float* dweight, float* dbias, int64_t batch, int64_t length, int64_t channels,
                         int num_threads) {
     const int64_t width = channels / GROUPS;
     const float count = static_cast<float>(length * width);
@@ -195,5 +200,12 @@ void adam_average(float* p, float* m, float* v, float* average, const float* gra
         }
     });
 }
+
+template void norm_mish(const bfloat16*, const float*, const float*, bfloat16*, float*, int64_t, int64_t, int64_t, int);
+template void norm_mish(const float*, const float*, const float*, float*, float*, int64_t, int64_t, int64_t, int);
+template void norm_mish_backward(const bfloat16*, const bfloat16*, const float*, const float*, const float*, bfloat16*, float*,
+                                 float*, int64_t, int64_t, int64_t, int);
+template void norm_mish_backward(const float*, const float*, const float*, const float*, const float*, float*, float*, float*,
+                                 int64_t, int64_t, int64_t, int);
 
 }  // namespace training

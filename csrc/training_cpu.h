@@ -1,4 +1,4 @@
-// Diffusion training on the CPU in bfloat16: what stands around the matrix products of a training step.
+// Diffusion training on the CPU: what stands around the matrix products of a training step.
 //
 //     norm_mish      y = mish(z), z = weight x_hat + bias, x_hat = (x - mean) / sqrt(variance + 1e-5),
 //                    mean and variance over (channels in group x rows) of one sample
@@ -8,8 +8,8 @@
 //                    m += (1 - beta_1) (g - m);  v = beta_2 v + (1 - beta_2) g^2
 //                    p -= step_size m / (sqrt(v) / root_correction_2 + epsilon);  average += rate (p - average)
 //
-// Activations are bfloat16 [B, L, C] row-major, weights and their gradients float32; arithmetic is float32. Adam is Kingma & Ba
-// 2014, arXiv 1412.6980: step_size = lr / (1 - beta_1^n), root_correction_2 = sqrt(1 - beta_2^n) at update n.
+// Activations are [B, L, C] row-major, Element is bfloat16 or float; weights and their gradients are float32, as arithmetic is. Adam
+// is Kingma & Ba 2014, arXiv 1412.6980: step_size = lr / (1 - beta_1^n), root_correction_2 = sqrt(1 - beta_2^n) at update n.
 #pragma once
 
 #include <cstdint>
@@ -21,12 +21,14 @@ using bfloat16 = uint16_t;
 constexpr int GROUPS = 8;
 
 // x [B, L, C] -> y [B, L, C] and statistics [B, GROUPS, 2]: mean and 1 / sqrt(variance + 1e-5).
-void norm_mish(const bfloat16* x, const float* weight, const float* bias, bfloat16* y, float* statistics, int64_t batch,
+template <typename Element>
+void norm_mish(const Element* x, const float* weight, const float* bias, Element* y, float* statistics, int64_t batch,
                int64_t length, int64_t channels, int num_threads);
 
 // dy [B, L, C] -> dx [B, L, C], dweight [C], dbias [C].
-void norm_mish_backward(const bfloat16* x, const bfloat16* dy, const float* weight, const float* bias, const float* statistics,
-                        bfloat16* dx, float* dweight, float* dbias, int64_t batch, int64_t length, int64_t channels,
+template <typename Element>
+void norm_mish_backward(const Element* x, const Element* dy, const float* weight, const float* bias, const float* statistics,
+                        Element* dx, float* dweight, float* dbias, int64_t batch, int64_t length, int64_t channels,
                         int num_threads);
 
 struct Update {

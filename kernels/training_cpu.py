@@ -1,11 +1,11 @@
-"""Diffusion training on the CPU in bfloat16: the passes around a step's matrix products, compiled (csrc/training_cpu.h).
+"""Diffusion training on the CPU: the passes around a step's matrix products, compiled (csrc/training_cpu.h).
 
     norm_mish      y = mish(group_norm(x)) and its gradient: two reads and one write of an activation each way, where PyTorch's
                    chain of operators makes three times as many, and its Mish on bfloat16 is slow besides
     adam_average   gradient repair, Adam, moving average and the bfloat16 copy of the weights in one pass: 36 bytes a weight,
                    where PyTorch's operators move 60
 
-Activations are [B, L, C] bfloat16, channels last; weights, moments and averages float32. Both have a plain path in PyTorch:
+Activations are [B, L, C] bfloat16 or float32, channels last; weights, moments and averages float32. Both have a plain path in PyTorch:
 `norm_mish` takes it for other tensors, and for the update it is `torch.optim.Adam` (dydiff/diffusion/update.py).
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +27,14 @@ from dydiff.kernels.unet_reference import GROUPS
 
 def norm_mish(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """mish(group_norm(x)) with 8 groups: x [B, L, C], weight and bias [C] -> [B, L, C]; differentiable in all three."""
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and not why_unavailable():
+    if x.dtype in (torch.bfloat16, torch.float32) and x.device.type == "cpu" and not why_unavailable():
         return _NormMish.apply(x.contiguous(), weight, bias)
     normal = F.group_norm(x.transpose(1, 2), GROUPS, weight.to(x.dtype), bias.to(x.dtype))
     return F.mish(normal).transpose(1, 2)
+
+
+def _native(x: Tensor) -> ModuleType:
+    return getattr(native.extension.training, str(x.dtype).removeprefix("torch."))
 
 
 class _NormMish(torch.autograd.Function):
@@ -37,7 +42,7 @@ class _NormMish(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         y, statistics = torch.empty_like(x), weight.new_empty(len(x), GROUPS, 2)
         tensors = x, weight.contiguous(), bias.contiguous(), y, statistics
-        native.extension.training.norm_mish(*(tensor.data_ptr() for tensor in tensors), *x.shape, torch.get_num_threads())
+        _native(x).norm_mish(*(tensor.data_ptr() for tensor in tensors), *x.shape, torch.get_num_threads())
         ctx.save_for_backward(x, weight, bias, statistics)
         return y
 
@@ -47,7 +52,7 @@ class _NormMish(torch.autograd.Function):
         x, weight, bias, statistics = ctx.saved_tensors
         dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
         tensors = x, dy.contiguous(), weight.contiguous(), bias.contiguous(), statistics, dx, dweight, dbias
-        native.extension.training.norm_mish_backward(*(tensor.data_ptr() for tensor in tensors), *x.shape, torch.get_num_threads())
+        _native(x).norm_mish_backward(*(tensor.data_ptr() for tensor in tensors), *x.shape, torch.get_num_threads())
         return dx, dweight, dbias
 
 

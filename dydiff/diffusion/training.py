@@ -11,7 +11,7 @@ import torch
 
 from dydiff.capture import CapturedGraph, warm_up
 from dydiff.data import Windows
-from dydiff.device import has_fast_bf16
+from dydiff.device import has_fast_bf16, keep_freed_memory
 from dydiff.diffusion.edm import (
     Denoiser,
     ForeignActions,
@@ -35,8 +35,8 @@ class DiffusionTrainer:
 
     `duration`, `tick`, `lr_ramp` and `half_life` count samples: the learning rate grows linearly over the first `lr_ramp`,
     `half_life` is that of the weights' moving average, which is the model. `micro_batch` splits a batch to save memory.
-    `precision` is that of the matrix products: `float32` is plain PyTorch throughout, `bf16` for UNet_RL only (weights, their
-    update and the loss stay float32), `auto` takes bf16 where the processor multiplies it in hardware. `foreign_actions` is the
+    `precision` is that of the matrix products: `float32`, or for UNet_RL only `bf16` (weights, their update and the loss stay
+    float32); `auto` takes bf16 where the processor multiplies it in hardware. `foreign_actions` is the
     share of windows that show the network another window's later actions (`edm.show_foreign_actions`). `describe` is the
     manifest that is stored beside the weights, every `snapshot_ticks` ticks (0: only at the end).
 
@@ -67,10 +67,11 @@ class DiffusionTrainer:
     ):
         self.denoiser = denoiser.train().requires_grad_(True)
         self.precision = choose_precision(precision, denoiser)
-        # What computes: the denoiser itself, or one on the same weights with products in bfloat16.
+        # What computes: the denoiser itself, or one on the same weights with every convolution as a product. In float32 that is
+        # faster on a CPU only: on a GPU these convolutions are cuDNN's.
         self.learner, copies = denoiser, {}
-        if self.precision == "bf16":
-            network = TrainingUNet(denoiser.network)
+        if self.precision == "bf16" or (isinstance(denoiser.network, UNet) and windows.device.type == "cpu"):
+            network = TrainingUNet(denoiser.network, torch.bfloat16 if self.precision == "bf16" else torch.float32)
             self.learner, copies = Denoiser(network, denoiser.observation_dim, denoiser.sigma_data), network.copies
         self.ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
         self.windows = windows
@@ -88,6 +89,8 @@ class DiffusionTrainer:
         self.foreign_actions = foreign_actions
         self.on_batch = on_batch
         self.update = Update(list(denoiser.parameters()), list(self.ema.parameters()), copies)
+        if windows.device.type == "cpu":
+            keep_freed_memory()
         self.generator = torch.Generator(windows.device).manual_seed(seed)
         self.captures = windows.device.type == "cuda"
         self._ready_to_capture = False

@@ -16,9 +16,9 @@ INFINITE_GRADIENT = 1e5  # what an infinite gradient becomes
 class Update:
     """Adam on the weights and their moving average; NaN gradients count as 0, infinite ones as +-1e5.
 
-    `copies` maps weights to bfloat16 copies whose gradients count in their place, and which follow them. With copies on a CPU
-    the compiled pass does everything (kernels/training_cpu.py); otherwise PyTorch does, operator by operator, with the same
-    results to rounding. The state is that of `torch.optim.Adam` in both cases.
+    `copies` maps weights to bfloat16 copies whose gradients count in their place, and which follow them. On a CPU the compiled
+    pass does everything (kernels/training_cpu.py); otherwise PyTorch does, operator by operator, with the same results to
+    rounding. The state is that of `torch.optim.Adam` in both cases.
     """
 
     def __init__(self, weights: list[nn.Parameter], averages: list[Tensor], copies: dict[nn.Parameter, Tensor]):
@@ -27,7 +27,7 @@ class Update:
         self.copies = copies
         self.adam = torch.optim.Adam(weights, betas=BETAS, eps=EPSILON, fused=True)
         on_cpu = all(weight.device.type == "cpu" for weight in weights)
-        self.in_one_pass = bool(copies) and on_cpu and not training_cpu.why_unavailable()
+        self.in_one_pass = on_cpu and not training_cpu.why_unavailable()
 
     def clear_gradients(self) -> None:
         for tensor in (*self.weights, *self.copies.values()):

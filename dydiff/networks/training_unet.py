@@ -1,10 +1,10 @@
-"""The U-Net for training in bfloat16: the same network as `UNet`, with every convolution as one matrix product.
+"""The U-Net for training: the same network as `UNet`, with every convolution as one matrix product, in bfloat16 or float32.
 
 A convolution of x [B, L, C_in] is the product of a [B L, K C_in] matrix of neighbouring rows and a [K C_in, C_out] of filters;
-both gradients are products of the same sizes. On a CPU they reach the processor's bfloat16 rate at batch 8 already. Filters
-keep their names and shapes but lie in memory as [C_out, K, C_in], so that no product needs a reordered copy of them.
+both gradients are products of the same sizes. On a CPU they reach the processor's rate at batch 8 already. Filters keep their
+names and shapes but lie in memory as [C_out, K, C_in], so that no product needs a reordered copy of them.
 
-Products take bfloat16 copies of the filters and give bfloat16 gradients with respect to these; the weights that learn stay
+In bfloat16 products take copies of the filters and give bfloat16 gradients with respect to these; the weights that learn stay
 float32. Everything of one dimension, the noise embedding and the last, narrow product are float32 throughout.
 """
 
@@ -21,22 +21,25 @@ from dydiff.networks.unet import ConvBlock, ResidualBlock, UNet
 class TrainingUNet:
     """A differentiable forward pass of a `UNet`: x [B, H, D], noise_label [B] -> [B, H, D] float32.
 
-    `copies` maps filters to their bfloat16 copies, which collect the gradients in the filters' place (those of several backward
-    passes add up in bfloat16); whoever changes the weights brings them up to date. The filters are laid out anew in place.
+    `dtype` is that of the products. `copies` maps filters to their copies in bfloat16, which collect the gradients in the filters'
+    place (those of several backward passes add up in bfloat16); whoever changes the weights brings them up to date. In float32
+    there are none. The filters are laid out anew in place.
     """
 
-    def __init__(self, unet: UNet):
+    def __init__(self, unet: UNet, dtype: torch.dtype):
         self.unet = unet
+        self.dtype = dtype
         self.copies: dict[nn.Parameter, Tensor] = {}
         for parameter in unet.parameters():
             if parameter.ndim == 3 and parameter is not unet.final_conv.weight:
                 parameter.data = parameter.data.transpose(1, 2).contiguous().transpose(1, 2)
-                self.copies[parameter] = parameter.detach().bfloat16().requires_grad_()
+                if dtype != torch.float32:
+                    self.copies[parameter] = parameter.detach().to(dtype).requires_grad_()
 
     def __call__(self, x: Tensor, noise_label: Tensor) -> Tensor:
         unet = self.unet
         embedding = F.mish(unet.embed(noise_label))
-        x = x.bfloat16()
+        x = x.to(self.dtype)
         skips = []
         for level, (first, second) in enumerate(unet.down):
             x = self._residual_block(second, self._residual_block(first, x, embedding), embedding)
@@ -48,12 +51,12 @@ class TrainingUNet:
         for (first, second), upsample in zip(unet.up, unet.upsample, strict=True):
             x = torch.cat([x, skips.pop()], dim=2)
             x = self._residual_block(second, self._residual_block(first, x, embedding), embedding)
-            x = _TransposedConvolution.apply(x, self.copies[upsample.weight], upsample.bias, 2, 1)
+            x = _TransposedConvolution.apply(x, self._filters(upsample), upsample.bias, 2, 1)
         x = self._conv_block(unet.final_block, x)
         return F.linear(x.float(), unet.final_conv.weight[:, :, 0], unet.final_conv.bias)
 
     def _residual_block(self, block: ResidualBlock, x: Tensor, embedding: Tensor) -> Tensor:
-        time_bias = block.time(embedding).bfloat16()  # [B or 1, C_out]
+        time_bias = block.time(embedding).to(self.dtype)  # [B or 1, C_out]
         hidden = self._conv_block(block.block1, x) + time_bias[:, None]
         residual = x if isinstance(block.residual, nn.Identity) else self._convolve(block.residual, x)
         return self._conv_block(block.block2, hidden) + residual
@@ -61,8 +64,11 @@ class TrainingUNet:
     def _conv_block(self, block: ConvBlock, x: Tensor) -> Tensor:
         return norm_mish(self._convolve(block.conv, x), block.norm.weight, block.norm.bias)
 
+    def _filters(self, layer: nn.Conv1d | nn.ConvTranspose1d) -> Tensor:
+        return self.copies.get(layer.weight, layer.weight)
+
     def _convolve(self, layer: nn.Conv1d, x: Tensor) -> Tensor:
-        return _Convolution.apply(x, self.copies[layer.weight], layer.bias, layer.stride[0], layer.padding[0])
+        return _Convolution.apply(x, self._filters(layer), layer.bias, layer.stride[0], layer.padding[0])
 
 
 class _Convolution(torch.autograd.Function):
