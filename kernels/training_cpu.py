@@ -5,8 +5,8 @@
     adam_average   gradient repair, Adam, moving average and the bfloat16 copy of the weights in one pass: 36 bytes a weight,
                    where PyTorch's operators move 60
 
-Activations are [B, L, C] bfloat16 or float32, channels last; weights, moments and averages float32. Both have a plain path in PyTorch:
-`norm_mish` takes it for other tensors, and for the update it is `torch.optim.Adam` (dydiff/diffusion/update.py).
+Activations are [B, L, C] bfloat16 or float32, channels last; weights, moments and averages float32. Both have a plain path in
+PyTorch: `norm_mish` takes it for other tensors, and for the update it is `torch.optim.Adam` (dydiff/diffusion/update.py).
 """
 
 from __future__ import annotations

@@ -56,7 +56,8 @@ def test_norm_mish_and_its_gradients(batch, length, channels, dtype):
     ours = [y.detach(), *torch.autograd.grad(y, leaves, dy)]
     assert ours[2].dtype == torch.float32
     for mine, theirs, truth in zip(ours, rounded, exact, strict=True):
-        floor = torch.finfo(dtype).eps / 2 * truth.abs().max() + 1e-6  # one value a group: the gradient is 0, and theirs may be so exactly
+        # With one value a group the gradient is 0, and theirs may be so exactly.
+        floor = torch.finfo(dtype).eps / 2 * truth.abs().max() + 1e-6
         assert (mine - truth).abs().max() <= max(2 * (theirs - truth).abs().max(), floor)
 
 
