@@ -28,8 +28,9 @@ resident set beyond what it was after the imports, the memory of torch.compile i
 On a CPU that does not multiply bfloat16 `stock` is float32, and `bf16` must be asked for.
 
 --quick: one shape, fewer repetitions, under 5 minutes on two cores. On a CPU, calls of more than 2 s then count from their
-only run, the checked one (n = 1), the sampler case takes 5 of 34 steps and says so, and the variants `extension`, `compiled`
-and, where there is `bf16`, `winograd` must be asked for. The rollout is always complete.
+only run, the checked one (n = 1), the sampler case takes 5 of 34 steps and says so, and some variants must be asked for:
+`extension` and `compiled`, where bfloat16 is multiplied `winograd`, else `stock`, which in float32 is nearly `published`. The
+rollout is always complete.
 """
 
 from __future__ import annotations
@@ -68,16 +69,23 @@ from dydiff.errors import DydiffError
 
 CASES = ("evaluation", "start", "sampler", "rollout")
 QUICK_STEPS = 5
-SKIPPED_IF_QUICK = ("extension", "compiled")  # on a CPU; they cost minutes, and stand near reference and stock
 
 
 def list_skipped(device: str, quick: bool) -> list[str]:
-    """Variants that must be asked for: what is slower than its kin on this device, if only few can be timed or it is hopeless."""
+    """Variants that must be asked for on this device: those that cost minutes and stand near another one, and the hopeless."""
     if device.startswith("cuda"):
         return []
-    if not has_fast_bf16(torch.device(device)):
-        return ["bf16", *SKIPPED_IF_QUICK] if quick else ["bf16"]
-    return ["winograd", *SKIPPED_IF_QUICK] if quick else []
+    near = ["extension", "compiled"] if quick else []
+    if has_fast_bf16(torch.device(device)):
+        return [*near, "winograd"] if quick else []
+    return [*near, "stock", "bf16"] if quick else ["bf16"]
+
+
+def choose_batch(device: str) -> int:
+    """Starts of the one shape that is measured by default: on a CPU a rollout of these takes about a minute in float32."""
+    if device.startswith("cuda"):
+        return 64
+    return 16 if has_fast_bf16(torch.device(device)) else 8
 
 
 def without_tf32(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -232,7 +240,7 @@ def _resident(field: str) -> int:
 def list_shapes(options: argparse.Namespace) -> list[Shape]:
     """All combinations of --batch and --horizon if either is given; otherwise a sweep of each with the other one held."""
     on_gpu = options.device.startswith("cuda")
-    batches, horizons = options.batch or [64 if on_gpu else 16], options.horizon or [100]
+    batches, horizons = options.batch or [choose_batch(options.device)], options.horizon or [100]
     pairs = [(batch, horizon) for horizon in horizons for batch in batches]
     if not (options.batch or options.horizon or options.quick):
         batches, held = ([16, 64, 256, 1024, 2048], 256) if on_gpu else ([16, 64], 16)
