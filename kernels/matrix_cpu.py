@@ -22,7 +22,6 @@ class ConstantMatrix:
     """Computes rows @ weight + bias: weight [K, N] and bias [N] as they are now, in `dtype` with float32 sums."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
-        self.shape = tuple(weight.shape)
         self._bias = None if bias is None else bias.to(dtype)
         self._weight = weight.to(dtype).T.contiguous()
         self._ordered = can_order(dtype)
