@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import harness  # noqa: E402 - the folder is not a package, and must be found first
 import rollout_speed  # noqa: E402
 import roofline  # noqa: E402
+import workload  # noqa: E402
 from harness import BenchmarkError, Case, Measurement, Patience, Variant, check_output, make_lines, race  # noqa: E402
 from results import table_rows  # noqa: E402
 from workload import Ours, Published, Shape, Stock, Workload  # noqa: E402
@@ -45,6 +46,17 @@ def test_every_variant_computes_the_same(work, case):
     assert relative_error(getattr(Ours(work, "auto"), case)(), expected) < 0.1  # another noise would be off by about 1
     fast = getattr(Ours(work, "reference", FastMode(4, 0.8, 3)), case)()
     assert fast.shape == expected.shape and fast.isfinite().all()
+
+
+@pytest.mark.parametrize("fast, dtype", [(True, "bfloat16"), (False, "float32")])
+def test_no_bfloat16_where_a_cpu_would_emulate_it(work, fast, dtype, monkeypatch):
+    for module in (rollout_speed, workload):
+        monkeypatch.setattr(module, "has_fast_bf16", lambda device: fast)
+    assert Stock(work, compile=False).dtype == dtype
+    for quick in (True, False):
+        assert ("bf16" in rollout_speed.list_skipped("cpu", quick)) != fast
+        assert "published" not in rollout_speed.list_skipped("cpu", quick)
+    assert rollout_speed.list_skipped("cuda:0", True) == []
 
 
 def test_flops_of_the_full_network():

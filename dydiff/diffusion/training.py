@@ -36,9 +36,9 @@ class DiffusionTrainer:
     `duration`, `tick`, `lr_ramp` and `half_life` count samples: the learning rate grows linearly over the first `lr_ramp`,
     `half_life` is that of the weights' moving average, which is the model. `micro_batch` splits a batch to save memory.
     `precision` is that of the matrix products: `float32`, or for UNet_RL only `bf16` (weights, their update and the loss stay
-    float32); `auto` takes bf16 where the processor multiplies it in hardware. `foreign_actions` is the
-    share of windows that show the network another window's later actions (`edm.show_foreign_actions`). `describe` is the
-    manifest that is stored beside the weights, every `snapshot_ticks` ticks (0: only at the end).
+    float32); `auto` takes bf16 where the processor multiplies it in hardware. `foreign_actions` is the share of windows that show
+    the network another window's later actions (`edm.show_foreign_actions`). `describe` is the manifest that is stored beside the
+    weights, every `snapshot_ticks` ticks (0: only at the end).
 
     Raises:
         DydiffError: the precision does not suit the network.
@@ -67,8 +67,8 @@ class DiffusionTrainer:
     ):
         self.denoiser = denoiser.train().requires_grad_(True)
         self.precision = choose_precision(precision, denoiser)
-        # What computes: the denoiser itself, or one on the same weights with every convolution as a product. In float32 that is
-        # faster on a CPU only: on a GPU these convolutions are cuDNN's.
+        # What computes: the denoiser itself, or one on the same weights with every convolution as a product. In float32 only a CPU
+        # takes that way, because it is faster there; on a GPU convolutions stay cuDNN's.
         self.learner, copies = denoiser, {}
         if self.precision == "bf16" or (isinstance(denoiser.network, UNet) and windows.device.type == "cpu"):
             network = TrainingUNet(denoiser.network, torch.bfloat16 if self.precision == "bf16" else torch.float32)
