@@ -17,12 +17,12 @@ import pybind11
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-CPU_SOURCES = ["csrc/bindings.cpp", "csrc/edm_step_cpu.cpp", "csrc/training_cpu.cpp", "csrc/unet_cpu.cpp"]
+CPU_SOURCES = sorted(path.as_posix() for path in Path("csrc").glob("*.cpp"))
 CUDA_SOURCES = ["csrc/edm_step_cuda.cu"]
 # Without the first two GCC calls sqrt and keeps branches around selections, and loops stay scalar. Results are the same. The
 # third heeds `omp simd`, which lets a sum run in lanes.
 VECTORISING = ["-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"]
-HEADERS = [f"csrc/{name}.h" for name in ("edm_step", "philox", "threads", "training_cpu", "unet_cpu", "vectors", "winograd")]
+HEADERS = sorted(path.as_posix() for path in Path("csrc").glob("*.h"))
 # PTX of the newest architecture lets the driver compile for cards that come later.
 CUDA_ARCHITECTURES = ["arch=compute_80,code=sm_80", "arch=compute_90,code=[sm_90,compute_90]"]
 REPORT = "_native_build.txt"

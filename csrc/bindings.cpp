@@ -1,10 +1,11 @@
 // Raw addresses in, nothing back: the extension knows no tensor type, so it builds without torch and survives its updates.
-// It checks nothing; dydiff.kernels.edm, .unet_cpu and .training_cpu check everything and are its only callers.
+// It checks nothing; dydiff.kernels.edm, .unet_cpu, .training_cpu and .convolution_cpu check everything and are its only callers.
 #include <vector>
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "convolution_cpu.h"
 #include "edm_step.h"
 #include "threads.h"
 #include "training_cpu.h"
@@ -105,6 +106,19 @@ void bind_training(py::module_ m) {
     }, release);
 }
 
+void bind_convolution(py::module_ m) {
+    const auto release = py::call_guard<py::gil_scoped_release>();
+    m.def("convolve", [](Address x, Address filters, Address bias, Address y, int64_t batch, int64_t length, int64_t inputs,
+                         int64_t outputs, bool backward, int num_threads) {
+        convolution::convolve(pointer(x), pointer(filters), pointer(bias), pointer(y), batch, length, inputs, outputs, backward,
+                              num_threads);
+    }, release);
+    m.def("filter_gradient", [](Address x, Address dy, Address gradient, int64_t batch, int64_t length, int64_t inputs,
+                                int64_t outputs, int num_threads) {
+        convolution::filter_gradient(pointer(x), pointer(dy), pointer(gradient), batch, length, inputs, outputs, num_threads);
+    }, release);
+}
+
 void bind_threads(py::module_ m) {
     m.def("join", [](Address parallel, Address index, Address count) {
         threads::pool.parallel = reinterpret_cast<decltype(threads::Pool::parallel)>(parallel);
@@ -116,13 +130,14 @@ void bind_threads(py::module_ m) {
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-    m.doc() = "Sampler steps, U-Net blocks and training on raw addresses; dydiff.kernels.edm, .unet_cpu and .training_cpu are "
-              "the interface.";
+    m.doc() = "Sampler steps, U-Net blocks and training on raw addresses; dydiff.kernels.edm, .unet_cpu, .training_cpu and "
+              ".convolution_cpu are the interface.";
     bind_threads(m.def_submodule("threads"));
     py::module_ unet = m.def_submodule("unet");
     bind_unet<unet::bfloat16>(unet.def_submodule("bfloat16"));
     bind_unet<float>(unet.def_submodule("float32"));
     bind_training(m.def_submodule("training"));
+    bind_convolution(m.def_submodule("convolution"));
     bind<>(m.def_submodule("cpu"), edm::cpu::churn, edm::cpu::churn_philox, edm::cpu::euler, edm::cpu::heun);
 #ifdef DYDIFF_WITH_CUDA
     py::module_ cuda = m.def_submodule("cuda");

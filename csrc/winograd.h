@@ -1,21 +1,23 @@
 // Winograd's transforms of a convolution of five taps, one channel at a time; kernels/winograd.py says what the points are and why.
+// Those of filters and of gradients are for training, whose filters change at every step; constant ones come transformed.
 #pragma once
 
 #include "vectors.h"
 
 namespace winograd {
 
-// y = A^T [(G w) * (B^T x)] for the points p and -p of PAIRS numbers, infinity, and with WITH_I the pair +-i.
+// y = A^T [(G w) * (B^T x)] for the points p and -p of PAIRS numbers, infinity, and with WITH_I the pair +-i; so the filter's
+// gradient is dw = G^T [(A dy) * (B^T x)].
 //
 // Row p of B^T holds the coefficients of M(x) / (x - p), M being the polynomial whose roots all points are. It is (x + p) Q(x^2), and
 // Q, which has the other points' squares as roots, serves -p too: a point and its negative share its even and its odd part.
 template <int PAIRS, bool WITH_I>
 struct Transform {
-    static constexpr int SPAN = 2 * (PAIRS + WITH_I) + 1, TILE = SPAN - 4;  // input and output rows of a tile
+    static constexpr int TAPS = 5, SPAN = 2 * (PAIRS + WITH_I) + 1, TILE = SPAN - TAPS + 1;  // input and output rows of a tile
     static constexpr int POINTS = 2 * PAIRS + 3 * WITH_I + 1;               // products of a tile
     static constexpr int LAST = PAIRS + WITH_I;                             // M's degree in x^2
 
-    float point[PAIRS] = {}, power[PAIRS][TILE] = {};
+    float point[PAIRS] = {}, power[PAIRS][TILE] = {}, weight[PAIRS][TAPS] = {};
     float others[PAIRS][LAST] = {}, others_of_i[LAST] = {}, all[LAST + 1] = {};
 
     constexpr explicit Transform(const double (&points)[PAIRS]) {
@@ -23,6 +25,10 @@ struct Transform {
             point[k] = static_cast<float>(points[k]);
             double value = 1;
             for (int i = 0; i < TILE; ++i, value *= points[k]) power[k][i] = static_cast<float>(value);
+            double slope = 2 * points[k] * (WITH_I ? points[k] * points[k] + 1 : 1);  // M' at the point
+            for (int j = 0; j < PAIRS; ++j) slope *= j == k ? 1 : points[k] * points[k] - points[j] * points[j];
+            value = 1 / slope;
+            for (int tap = 0; tap < TAPS; ++tap, value *= points[k]) weight[k][tap] = static_cast<float>(value);
             multiply_roots(points, k, others[k]);
         }
         if (WITH_I) multiply_roots(points, PAIRS, others_of_i);
@@ -63,6 +69,48 @@ struct Transform {
             for (int i = 0; i < TILE; ++i) y[i] += (i / 2 % 2 ? -1.0f : 1.0f) * (i % 2 ? odd : even);
         }
         y[TILE - 1] += m[POINTS - 1];
+    }
+
+    // A: the output rows' gradients y -> the products' m.
+    ALWAYS_INLINE void output_gradient(const float* y, float* m) const {
+        static_assert(!WITH_I);
+#pragma GCC unroll 16
+        for (int k = 0; k < PAIRS; ++k) {
+            float even = power[k][0] * y[0], odd = power[k][1] * y[1];
+#pragma GCC unroll 16
+            for (int i = 2; i < TILE; ++i) (i % 2 ? odd : even) += power[k][i] * y[i];
+            m[2 * k] = even + odd;
+            m[2 * k + 1] = even - odd;
+        }
+        m[POINTS - 1] = y[TILE - 1];
+    }
+
+    // G: taps w -> points u.
+    ALWAYS_INLINE void filter(const float* w, float* u) const {
+        static_assert(!WITH_I);
+#pragma GCC unroll 16
+        for (int k = 0; k < PAIRS; ++k) {
+            const float even = weight[k][0] * w[0] + weight[k][2] * w[2] + weight[k][4] * w[4];
+            const float odd = weight[k][1] * w[1] + weight[k][3] * w[3];
+            u[2 * k] = odd + even;
+            u[2 * k + 1] = odd - even;
+        }
+        u[POINTS - 1] = w[TAPS - 1];
+    }
+
+    // G^T: the points' gradients u -> the taps' w.
+    ALWAYS_INLINE void filter_gradient(const float* u, float* w) const {
+        static_assert(!WITH_I);
+#pragma GCC unroll 16
+        for (int k = 0; k < PAIRS; ++k) {
+            const float even = u[2 * k] - u[2 * k + 1], odd = u[2 * k] + u[2 * k + 1];
+#pragma GCC unroll 5
+            for (int tap = 0; tap < TAPS; ++tap) {
+                const float term = weight[k][tap] * (tap % 2 ? odd : even);
+                w[tap] = k ? w[tap] + term : term;
+            }
+        }
+        w[TAPS - 1] += u[POINTS - 1];
     }
 
   private:

@@ -140,9 +140,9 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ema", type=number, default=0.5, help="half-life of the weights' average, in millions of windows")
     parser.add_argument(
         "--precision",
-        choices=["auto", "float32", "bf16"],
+        choices=["auto", "float32", "bf16", "winograd"],
         default="auto",
-        help="of UNet_RL's matrix products; weights and their update stay float32; auto: bf16 where the hardware has it",
+        help="of UNet_RL's products; weights and their update stay float32; auto: bf16 in hardware, winograd on other CPUs",
     )
     parser.add_argument("--seed", type=seed, default=0, help="of everything random")
     parser.add_argument("--device", default="auto", help="cuda:0, cpu, ...; auto takes a GPU if there is one")

@@ -23,11 +23,13 @@ from dydiff.diffusion.edm import (
 from dydiff.diffusion.update import Update
 from dydiff.errors import DydiffError, NotFinite
 from dydiff.finite import find_not_finite
+from dydiff.kernels.native import why_unavailable
+from dydiff.kernels.winograd import TAPS
 from dydiff.networks.training_unet import TrainingUNet
 from dydiff.networks.unet import UNet
 
 EMA_RAMP = 0.05  # early on, the EMA's half-life is this fraction of the samples seen
-PRECISIONS = ("auto", "float32", "bf16")
+PRECISIONS = ("auto", "float32", "bf16", "winograd")
 
 
 class DiffusionTrainer:
@@ -36,7 +38,8 @@ class DiffusionTrainer:
     `duration`, `tick`, `lr_ramp` and `half_life` count samples: the learning rate grows linearly over the first `lr_ramp`,
     `half_life` is that of the weights' moving average, which is the model. `micro_batch` splits a batch to save memory.
     `precision` is that of the matrix products: `float32`, or for UNet_RL only `bf16` (weights, their update and the loss stay
-    float32); `auto` takes bf16 where the processor multiplies it in hardware. `foreign_actions` is the share of windows that show
+    float32), or on a CPU `winograd` (float32 with fewer multiplications, rounded to some 3e-5); `auto` takes bf16 where the
+    processor multiplies it in hardware, and winograd on other CPUs. `foreign_actions` is the share of windows that show
     the network another window's later actions (`edm.show_foreign_actions`). `describe` is the manifest that is stored beside the
     weights, every `snapshot_ticks` ticks (0: only at the end).
 
@@ -71,7 +74,7 @@ class DiffusionTrainer:
         # takes that way, because it is faster there; on a GPU convolutions stay cuDNN's.
         self.learner, copies = denoiser, {}
         if self.precision == "bf16" or (isinstance(denoiser.network, UNet) and windows.device.type == "cpu"):
-            network = TrainingUNet(denoiser.network, torch.bfloat16 if self.precision == "bf16" else torch.float32)
+            network = TrainingUNet(denoiser.network, self.precision)
             self.learner, copies = Denoiser(network, denoiser.observation_dim, denoiser.sigma_data), network.copies
         self.ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
         self.windows = windows
@@ -208,16 +211,24 @@ class DiffusionTrainer:
 
 
 def choose_precision(precision: str, denoiser: Denoiser) -> str:
-    """The precision of the products, `float32` or `bf16`, that a name of `PRECISIONS` stands for with this network and device.
+    """The precision of the products that a name of `PRECISIONS` stands for with this network and device.
 
     Raises:
-        DydiffError: unknown name, or bf16 for another network than UNet_RL.
+        DydiffError: unknown name, bf16 for another network than UNet_RL, or winograd where it cannot be computed.
     """
     if precision not in PRECISIONS:
         raise DydiffError(f"Precision '{precision}' is unknown; choose one of {', '.join(PRECISIONS)}.")
-    fits = isinstance(denoiser.network, UNet)
+    network, device = denoiser.network, next(denoiser.parameters()).device
+    fits = isinstance(network, UNet)
+    obstacle = why_unavailable("cpu")
+    if not fits or network.kernel_size != TAPS or device.type != "cpu":
+        obstacle = f"it is for UNet_RL with kernels of {TAPS} taps on a CPU"
     if precision == "auto":
-        return "bf16" if fits and has_fast_bf16(next(denoiser.parameters()).device) else "float32"
+        if fits and has_fast_bf16(device):
+            return "bf16"
+        return "float32" if obstacle else "winograd"
     if precision == "bf16" and not fits:
         raise DydiffError("--precision bf16 is for UNet_RL only; use --precision auto or float32.")
+    if precision == "winograd" and obstacle:
+        raise DydiffError(f"--precision winograd cannot be used here: {obstacle.rstrip('.')}. Use --precision auto or float32.")
     return precision

@@ -1,11 +1,16 @@
-"""The U-Net for training: the same network as `UNet`, with every convolution as one matrix product, in bfloat16 or float32.
+"""The U-Net for training: the same network as `UNet`, with its convolutions as matrix products, in one of three precisions.
 
 A convolution of x [B, L, C_in] is the product of a [B L, K C_in] matrix of neighbouring rows and a [K C_in, C_out] of filters;
 both gradients are products of the same sizes. On a CPU they reach the processor's rate at batch 8 already. Filters keep their
 names and shapes but lie in memory as [C_out, K, C_in], so that no product needs a reordered copy of them.
 
-In bfloat16 products take copies of the filters and give bfloat16 gradients with respect to these; the weights that learn stay
-float32. Everything of one dimension, the noise embedding and the last, narrow product are float32 throughout.
+    float32     that
+    bf16        products take bfloat16 copies of the filters and give bfloat16 gradients with respect to these; the weights that
+                learn stay float32
+    winograd    float32, but convolutions of five taps with a quarter of the multiplications, rounded to some 3e-5
+                (kernels/convolution_cpu.py; compiled, for CPUs)
+
+Everything of one dimension, the noise embedding and the last, narrow product are float32 throughout.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dydiff.kernels.convolution_cpu import convolve
 from dydiff.kernels.training_cpu import norm_mish
 from dydiff.networks.unet import ConvBlock, ResidualBlock, UNet
 
@@ -21,14 +27,15 @@ from dydiff.networks.unet import ConvBlock, ResidualBlock, UNet
 class TrainingUNet:
     """A differentiable forward pass of a `UNet`: x [B, H, D], noise_label [B] -> [B, H, D] float32.
 
-    `dtype` is that of the products. `copies` maps filters to their copies in bfloat16, which collect the gradients in the filters'
-    place (those of several backward passes add up in bfloat16); whoever changes the weights brings them up to date. In float32
-    there are none. The filters are laid out anew in place.
+    `precision` is that of the products: one of the three above. `copies` maps filters to their copies in bfloat16, which collect
+    the gradients in the filters' place (those of several backward passes add up in bfloat16); whoever changes the weights brings
+    them up to date. In float32 there are none. The filters are laid out anew in place.
     """
 
-    def __init__(self, unet: UNet, dtype: torch.dtype):
+    def __init__(self, unet: UNet, precision: str):
         self.unet = unet
-        self.dtype = dtype
+        self.winograd = precision == "winograd"
+        self.dtype = dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.copies: dict[nn.Parameter, Tensor] = {}
         for parameter in unet.parameters():
             if parameter.ndim == 3 and parameter is not unet.final_conv.weight:
@@ -62,7 +69,9 @@ class TrainingUNet:
         return self._conv_block(block.block2, hidden) + residual
 
     def _conv_block(self, block: ConvBlock, x: Tensor) -> Tensor:
-        return norm_mish(self._convolve(block.conv, x), block.norm.weight, block.norm.bias)
+        conv = block.conv
+        hidden = convolve(x, conv.weight, conv.bias) if self.winograd else self._convolve(conv, x)
+        return norm_mish(hidden, block.norm.weight, block.norm.bias)
 
     def _filters(self, layer: nn.Conv1d | nn.ConvTranspose1d) -> Tensor:
         return self.copies.get(layer.weight, layer.weight)
