@@ -1,4 +1,4 @@
-"""Training convolutions of five taps on the CPU in float32, by Winograd's products (csrc/convolution_cpu.h; winograd.py has the points).
+"""Training convolutions of five taps on the CPU in float32, by Winograd's products (winograd.py, csrc/convolution_cpu.h).
 
     y[l] = sum_k w_k x[l + k - 2] + bias;  its gradients with respect to x, w and bias
 
@@ -33,7 +33,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if x.ndim != 3 or shapes[1:] != [[len(bias), x.shape[2], TAPS], [len(bias)]]:
         raise DydiffError(f"convolve needs x [B, L, C_in], weight [C_out, C_in, {TAPS}] and bias [C_out], not {shapes}.")
     if not weight.transpose(1, 2).is_contiguous():
-        raise DydiffError(f"convolve needs a weight that lies in memory as [C_out, {TAPS}, C_in], not one of strides {weight.stride()}.")
+        raise DydiffError(f"convolve needs a weight that lies in memory as [C_out, {TAPS}, C_in], not strides {weight.stride()}.")
     return _Convolution.apply(x.contiguous(), weight, bias.contiguous())
 
 
