@@ -14,6 +14,7 @@ import sysconfig
 from pathlib import Path
 
 import pybind11
+from pybind11.setup_helpers import ParallelCompile
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
@@ -95,6 +96,8 @@ def first_cause(error: BaseException) -> str:
     telling = [line for line in lines if "error" in line.lower() or "fatal" in line.lower()] or lines[-1:]
     return telling[0].strip() if telling else f"{error.cmd[0]} ended with exit status {error.returncode}"
 
+
+ParallelCompile().install()
 
 setup(
     packages=["dydiff.kernels", *find_packages(include=["dydiff", "dydiff.*"])],

@@ -25,6 +25,7 @@ def few_transitions(monkeypatch):
     monkeypatch.setattr(updates_speed, "CHECKED_UPDATES", 2)
     monkeypatch.setattr(epoch_speed, "REPLAY", 2000)
     monkeypatch.setattr(epoch_speed, "UPDATES", 3)
+    monkeypatch.setattr("dydiff.updates.WORTH_COMPILING", 10**9)  # compiled updates have tests of their own
 
 
 @pytest.mark.parametrize("name", updates_speed.AGENTS_OF)
