@@ -1,12 +1,14 @@
 """Builds dydiff.kernels._native from csrc/: the CPU and the CUDA unit with nvcc, the CPU unit without it.
 
 No outcome fails the installation: dydiff.kernels.reference computes the same in plain PyTorch. What happened is printed
-and kept in one line beside the extension, because pip shows a build's output only with -v; dydiff.kernels.edm quotes
-that line. Neither torch nor a GPU is needed: the extension takes raw pointers.
+and kept in one line beside the extension, because pip shows a build's output only with -v; dydiff.kernels.native quotes
+that line, and knows by the digest in the next one whether csrc/ has changed since. Neither torch nor a GPU is needed: the
+extension takes raw pointers.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -83,7 +85,9 @@ class BuildExtension(build_ext):
         print(f"dydiff: {text}", flush=True)
         folder = self.source_folder() if self.editable_mode else Path(self.get_ext_fullpath(extension.name)).parent
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / REPORT).write_text(text + "\n")
+        sources = sorted(path for path in Path("csrc").iterdir() if path.suffix in (".h", ".cpp", ".cu"))
+        digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+        (folder / REPORT).write_text(f"{text}\n{digest}\n")
 
 
 def first_cause(error: BaseException) -> str:

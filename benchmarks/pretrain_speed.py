@@ -14,6 +14,7 @@ windows, loss, gradients, gradient repair, Adam, moving average of the weights. 
                 whichever is faster here
     reference   dydiff's trainer with --precision float32
     ours        dydiff's trainer with --precision auto
+    bf16, winograd   dydiff's trainer with that precision, where asked for
 
 Before anything is timed, every variant's gradient with respect to all weights, on the same windows, noise levels and noise, is
 checked against float32 without TF32; one above its limit stops the run with status 1 (`error` in the table). Variants are then
@@ -62,6 +63,7 @@ ROWS, EPISODE = 5000, 1000
 LR, RAMP_SAMPLES, HALF_LIFE, SEED = 1e-3, 10e6, 0.5e6, 0
 TOLERANCE = 2.0  # times the harness's limits, which are for one pass through the network: a gradient takes two
 VARIANTS = ("published", "stock", "reference", "ours")
+ON_REQUEST = ("bf16", "winograd")
 
 
 class Workload:
@@ -206,7 +208,7 @@ class Ours:
         self.trainer = DiffusionTrainer(denoiser, work.windows, {}, **arguments)
         in_float32 = "tf32" if work.device.startswith("cuda") else "float32"
         self.dtype = "bfloat16" if self.trainer.precision == "bf16" else in_float32
-        self.detail = "" if precision == "float32" else self.trainer.precision
+        self.detail = self.trainer.precision if precision == "auto" else ""
 
     def gradient(self) -> Tensor:
         self.work.loss(self.trainer.learner).backward()
@@ -237,9 +239,9 @@ def build_runner(name: str, work: Workload, quick: bool) -> Runner:
         return Published(work)
     if name == "stock":
         return Stock(work, compile=not quick)
-    if name in ("reference", "ours"):
-        return Ours(work, "float32" if name == "reference" else "auto")
-    raise BenchmarkError(f"There is no variant '{name}'; choose of {', '.join(VARIANTS)}.")
+    if name in ("reference", "ours", *ON_REQUEST):
+        return Ours(work, {"reference": "float32", "ours": "auto"}.get(name, name))
+    raise BenchmarkError(f"There is no variant '{name}'; choose of {', '.join(VARIANTS + ON_REQUEST)}.")
 
 
 def named_gradient(network: nn.Module, work: Workload) -> Tensor:
@@ -287,7 +289,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = make_timing_parser(__doc__, quick="few repetitions, nothing is compiled")
     parser.add_argument("--batch", type=parse_integers, default=[8], help="windows an update, such as 8,64")
     parser.add_argument("--horizon", type=parse_integers, default=[100], help="rows, such as 32,100")
-    parser.add_argument("--variants", type=parse_words, help=f"some of {','.join(VARIANTS)}")
+    parser.add_argument("--variants", type=parse_words, help=f"some of {','.join(VARIANTS + ON_REQUEST)}")
     add_network_options(parser)
     return parser.parse_args(arguments)
 

@@ -7,16 +7,40 @@ which spin for some milliseconds after every operation: on two cores the Winogra
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import warnings
 from pathlib import Path
 
 import torch
 
-_import_error = ""
-try:
-    from dydiff.kernels import _native as extension
-except ImportError as error:
-    extension = None
-    _import_error = str(error)
+
+def _read_report() -> tuple[str, str]:
+    """What the build said, and the digest of its sources; empty without a build."""
+    path = Path(__file__).with_name("_native_build.txt")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return (*lines, "", "")[:2]
+
+
+def _find_obstacle() -> str:
+    """Why the extension must not be used although it may be there: a checkout goes on after its build."""
+    report, digest = _read_report()
+    folder = Path(__file__).parents[1] / "csrc"
+    if not folder.is_dir() or not digest:
+        return ""
+    sources = sorted(path for path in folder.iterdir() if path.suffix in (".h", ".cpp", ".cu"))
+    same = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest() == digest
+    return "" if same else f"csrc/ has changed since the installation {report}"
+
+
+extension = None
+_obstacle = _find_obstacle()
+if _obstacle:
+    warnings.warn(f"{_obstacle}. Run `pip install -e .` again; until then it is left unused.", RuntimeWarning, stacklevel=2)
+else:
+    try:
+        from dydiff.kernels import _native as extension
+    except ImportError as error:
+        _obstacle = f"the installation {_read_report()[0]}" if _read_report()[0] else str(error)
 
 
 def why_unavailable(device: torch.device | str = "cpu") -> str:
@@ -29,22 +53,17 @@ def why_unavailable(device: torch.device | str = "cpu") -> str:
         return f"There is no compiled EDM step for {kind} tensors, only for cpu and cuda; plain PyTorch takes its place."
     if extension is None:
         return (
-            f"The compiled EDM step (dydiff.kernels._native) is missing: {_build_report() or _import_error}. "
+            f"The compiled EDM step (dydiff.kernels._native) is missing: {_obstacle}. "
             f"Plain PyTorch takes its place. To build it, {rebuild}."
         )
     if not hasattr(extension, kind):
         return (
-            f"The compiled EDM step has no CUDA unit: {_build_report() or 'it was built without nvcc'}. "
+            f"The compiled EDM step has no CUDA unit: the installation {_read_report()[0] or 'was made without nvcc'}. "
             f"Plain PyTorch takes its place. To build it, {rebuild}."
         )
     if kind == "cuda" and (obstacle := extension.cuda.obstacle()):
         return f"The compiled EDM step cannot use the GPU: {obstacle}. Plain PyTorch takes its place."
     return ""
-
-
-def _build_report() -> str:
-    path = Path(__file__).with_name("_native_build.txt")
-    return f"the installation {path.read_text().strip()}" if path.exists() else ""
 
 
 def join_threads() -> bool:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from dydiff.kernels import native
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ["pyproject.toml", "setup.py", "README.md", "LICENSE", "csrc", "kernels", "dydiff"]
 ARCHITECTURES = ["sm_80", "sm_90"]
@@ -133,3 +135,20 @@ def test_without_a_compiler_the_package_explains_itself(tmp_path):
     output = installation.probe()
     assert "reference False 42.0" in output
     assert "is missing: the installation built nothing" in output and "`pip install -e .`" in output
+
+
+def test_a_checkout_that_went_on_after_its_build_is_told(tmp_path, monkeypatch):
+    for folder in ("kernels", "csrc"):
+        (tmp_path / folder).mkdir()
+    built = Path(native.__file__).with_name("_native_build.txt")
+    if not built.exists():
+        pytest.skip("the extension is not built in the checkout that runs here")
+    shutil.copy(built, tmp_path / "kernels")
+    for source in (ROOT / "csrc").iterdir():
+        shutil.copy(source, tmp_path / "csrc")
+    assert native._find_obstacle() == ""
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "kernels" / "native.py"))
+    (tmp_path / "csrc" / ".notes.swp").write_text("an editor's")
+    assert native._find_obstacle() == ""
+    (tmp_path / "csrc" / "threads.h").write_text("// another version\n")
+    assert native._find_obstacle().startswith("csrc/ has changed since the installation built")
