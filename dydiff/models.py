@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -169,7 +170,7 @@ def _load_one_step(
 
 
 def _load(path: str | Path, kind: str, dataset: Dataset | None) -> tuple[Any, dict[str, Any]]:
-    tree, manifest = load_checkpoint(Path(path), kind)
+    tree, manifest = load_checkpoint(Path(os.path.expanduser(path)), kind)
     if dataset is not None and manifest.get("fingerprint") != dataset.fingerprint:
         raise DydiffError(
             f"The {kind} '{path}' was trained on dataset '{manifest.get('dataset')}' (fingerprint "

@@ -162,12 +162,25 @@ def load_subject(root: Path, dataset_name: str, device: str) -> Subject:
     Raises:
         DydiffError: no finished policy run or no trained models on the dataset under `root`, or no simulator of its environment.
     """
+    return load_models(root, device, *load_runs(root, dataset_name))
+
+
+def load_runs(root: Path, dataset_name: str) -> tuple[list[PolicyRun], PolicyRun, Problem]:
+    """All runs of a `Subject`, the one it is about, and its problem; raises as `load_subject`, but for the models."""
     dataset = load_dataset(dataset_name)
     runs = find_policy_runs(root, dataset)
     run = next((run for run in reversed(runs) if run.uses_dydiff), runs[-1])
     env_name = run.constants.env_specs.env_name
     environment_spec(environment_name(env_name or dataset.environment or ""))  # says so where there is no simulator
-    problem = load_problem(dataset_name, env_name, run.constants.env_specs.backend)
+    return runs, run, load_problem(dataset_name, env_name, run.constants.env_specs.backend)
+
+
+def load_models(root: Path, device: str, runs: list[PolicyRun], run: PolicyRun, problem: Problem) -> Subject:
+    """A `Subject` of what `load_runs` gives, with its models.
+
+    Raises:
+        DydiffError: no trained models on the dataset under `root`.
+    """
     models = models_of(run, problem, root)
     rollouts = build_rollouts(run.constants, problem, device, models)
     return Subject(runs, run, problem, models, rollouts, load_policy(run.folder / "agent.safetensors", device))

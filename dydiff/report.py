@@ -9,7 +9,9 @@ from typing import Any
 from dydiff import plots
 from dydiff.checkpoint import make_folder, write_atomically
 from dydiff.comparison import DYDIFF, SINGLE_STEP, compare_rollouts
-from dydiff.policy_runs import behaviour_return, describe_models, group_runs, load_subject
+from dydiff.errors import DydiffError
+from dydiff.policy_runs import Subject, behaviour_return, describe_models, group_runs, load_models, load_runs
+from dydiff.progress import say
 from dydiff.tables import format_table, plus_minus
 
 SHOWN = {"position": "position error (m)", "state": "state error (root mean square of z-scored observations)"}
@@ -18,41 +20,64 @@ SHOWN = {"position": "position error (m)", "state": "state error (root mean squa
 def report(root: Path, dataset_name: str, starts: int, seed: int, device: str) -> None:
     """Print the tables and write report.json and the pictures into `root`/report.
 
+    Rollouts are left out, and the reason is told, where no policy was trained with them and there are no models to show.
+
     Raises:
-        DydiffError: no finished policy run or no trained models on the dataset under `root`, no simulator of its
-            environment, or `root` cannot be written.
+        DydiffError: no finished policy run on the dataset under `root`, one with DyDiff whose models are missing, no simulator of
+            its environment, or `root` cannot be written.
     """
-    subject = load_subject(root, dataset_name, device)
+    runs, run, problem = load_runs(root, dataset_name)
+    dataset, steps = problem.dataset, problem.spec.max_episode_steps
+    try:
+        subject = load_models(root, device, runs, run, problem)
+    except DydiffError as error:
+        if run.uses_dydiff:
+            raise
+        say(f"No policy here was trained with DyDiff, and its rollouts cannot be shown: {error}")
+        subject = None
     folder = make_folder(root / "report")
-    problem, engine, dataset = subject.problem, subject.rollouts.engine, subject.problem.dataset
+    scores = [variant.summary(dataset) for variant in group_runs(runs)]
+    scores.sort(key=lambda score: score["dydiff"])  # base algorithms first
+    record = {
+        "dataset": dataset.name,
+        "environment": problem.environment,
+        "simulator": problem.simulator,
+        "policy": str(run.folder),
+        "rows": len(dataset),
+        "scores": scores,
+        "behaviour_return": behaviour_return(dataset, steps),
+    }
+    texts, files = [], []
+    if subject is not None:
+        rollouts, files = _measure_rollouts(subject, folder, starts, seed)
+        record = {**record, **rollouts}
+        texts = [_rollout_text(record)]
+    files += [folder / "learning_curve.png", folder / "report.json"]
+    plots.draw_curves({"": scores}, record["behaviour_return"], files[-2])
+    write_atomically(files[-1], lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
+    print("\n\n".join([*texts, _score_text(record, steps), "\n".join(map(str, files))]))
+
+
+def _measure_rollouts(subject: Subject, folder: Path, starts: int, seed: int) -> tuple[dict[str, Any], list[Path]]:
+    """What report.json says of the models' rollouts, and the pictures of them that were drawn into `folder`."""
+    problem, engine = subject.problem, subject.rollouts.engine
     comparison = compare_rollouts({DYDIFF: engine}, subject, starts, seed)
     measured = comparison.errors(comparison.deviations(problem.spec, problem.spaces))
     errors = {quantity: by_model for quantity, by_model in measured.items() if quantity in SHOWN}
-    scores = [variant.summary(dataset) for variant in group_runs(subject.runs)]
-    scores.sort(key=lambda score: score["dydiff"])  # base algorithms first
-    steps = problem.spec.max_episode_steps
-    behaviour = behaviour_return(dataset, steps)
-
     draw = plots.draw_maze_rollouts if problem.spec.is_maze else plots.draw_columns
-    picture = "maze_rollouts.png" if problem.spec.is_maze else "rollouts.png"
-    files = {name: folder / name for name in ("rollout_error.png", picture, "learning_curve.png", "report.json")}
-    plots.draw_errors({"": errors}, files["rollout_error.png"])
+    files = [folder / "rollout_error.png", folder / ("maze_rollouts.png" if problem.spec.is_maze else "rollouts.png")]
+    plots.draw_errors({"": errors}, files[0])
     modelled = {name: comparison.modelled[name].observation for name in (SINGLE_STEP, DYDIFF)}
-    draw(problem.spec.name, comparison.simulated.observation, comparison.alive, modelled, files[picture])
-    plots.draw_curves({"": scores}, behaviour, files["learning_curve.png"])
+    draw(problem.spec.name, comparison.simulated.observation, comparison.alive, modelled, files[1])
     record = {
         **subject.describe(),
-        "rows": len(dataset),
         "starts": len(comparison.simulated.reward),
         "seed": seed,
-        "models": describe_models(subject.models, dataset, engine.dynamics),
+        "models": describe_models(subject.models, problem.dataset, engine.dynamics),
         "rollout_error": errors,
         "alive": comparison.alive.sum(axis=0).tolist(),
-        "scores": scores,
-        "behaviour_return": behaviour,
     }
-    write_atomically(files["report.json"], lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
-    print("\n\n".join([_rollout_text(record), _score_text(record, steps), "\n".join(map(str, files.values()))]))
+    return record, files
 
 
 def _rollout_text(record: dict[str, Any]) -> str:

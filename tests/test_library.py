@@ -179,6 +179,12 @@ def test_models_that_were_not_shown_what_is_injected(option, tmp_path):
         assert f"Train one with --{option}=True" in refusal(make_engine, given)
 
 
+def test_the_home_folder_in_paths_of_models(monkeypatch, tmp_path):
+    save_diffusion(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert isinstance(load_diffusion_model("~/model.safetensors"), DiffusionModel)
+
+
 def test_models_of_another_horizon(tmp_path):
     unet = {"kind": "UNet_RL", "dim_mults": [1, 2]}
     for given in (make_denoiser(**unet, horizon=8), save_diffusion(tmp_path, network={"horizon": 8}).denoiser):

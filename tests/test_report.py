@@ -95,9 +95,22 @@ def test_errors(command, train_policy, trained, dataset, tmp_path):
     outcome = command("report", f"--outdir={trained}", f"--dataset={dataset}")
     assert outcome.status == 1 and "No finished and evaluated policy run" in outcome.errors and "dydiff run" in outcome.errors
     root = tmp_path / "runs"
-    train_policy(root, dataset, "td3_bc", "rl_trainer_params.real_ratio=1")
+    shutil.copytree(trained, root)
+    train_policy(root, dataset, "td3_bc")
+    for model in root.glob("*/model.safetensors"):
+        model.unlink()
     outcome = command("report", f"--outdir={root}", f"--dataset={dataset}")
-    assert outcome.status == 1 and "No finished diffusion model run" in outcome.errors
+    assert outcome.status == 1 and "Traceback" not in outcome.errors and not (root / "report").exists()
+
+
+def test_base_algorithms_need_no_models(command, train_policy, dataset, tmp_path):
+    train_policy(tmp_path, dataset, "td3_bc", "rl_trainer_params.real_ratio=1")
+    outcome = command("report", f"--outdir={tmp_path}", f"--dataset={dataset}")
+    assert outcome.status == 0 and "No finished diffusion model run" in outcome.errors
+    assert "TD3+BC" in outcome.output and "Rollout error" not in outcome.output
+    assert {file.name for file in (tmp_path / "report").iterdir()} == {"learning_curve.png", "report.json"}
+    record = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert [score["variant"] for score in record["scores"]] == ["TD3+BC"] and "rollout_error" not in record
 
 
 def test_known_errors_and_ended_episodes():
