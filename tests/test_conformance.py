@@ -3,10 +3,14 @@
 from pathlib import Path
 
 import conformance
+import conformance_kinds
 import numpy as np
 import pytest
 
 from dydiff.backends import ON_CPU
+from dydiff.diffusion.edm import Denoiser
+from dydiff.kernels.native import why_unavailable
+from dydiff.networks.training_unet import TrainingUNet
 
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared" / "conformance"
@@ -19,6 +23,24 @@ def test_all_cases_pass(capsys):
     output = capsys.readouterr().out
     assert status == 0, output
     assert output.splitlines()[-1].endswith(", 0 failed")
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16", "winograd"])
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("edm_loss-*.npz")), ids=lambda path: path.stem)
+def test_recorded_losses_by_what_trains(path, precision, monkeypatch):
+    """The network that diffusion training evaluates, in each of its precisions."""
+    if precision == "winograd" and why_unavailable():
+        pytest.skip("the compiled CPU unit is not built here")
+    plain = conformance_kinds.read_denoiser
+
+    def for_training(case):
+        denoiser = plain(case)
+        return Denoiser(TrainingUNet(denoiser.network, precision), denoiser.observation_dim, denoiser.sigma_data)
+
+    monkeypatch.setattr(conformance_kinds, "read_denoiser", for_training)
+    runner, limit = conformance.KINDS["edm_loss"]
+    pairs = runner(conformance.Case(path), "reference")
+    assert max(conformance.relative_error(*pair) for pair in pairs.values()) <= (2e-2 if precision == "bf16" else limit)
 
 
 def test_cases_of_every_kind_are_at_hand():
