@@ -2,6 +2,7 @@
 
 #include <limits>
 
+#include "group_norm.h"
 #include "threads.h"
 #include "vectors.h"
 
@@ -9,6 +10,7 @@ namespace training {
 namespace {
 
 using namespace vectors;
+using group_norm::GROUPS;
 using threads::parallel;
 
 // With fewer elements than this, a thread costs more than it saves.
@@ -26,43 +28,28 @@ ALWAYS_INLINE float mish_slope(float z) {
     return n * inverse + 4.0f * z * (e * inverse) * ((e + 1.0f) * inverse);
 }
 
-// Sums over one group's rows of the deviations from `center` and of their squares, one accumulator a channel.
-template <typename Element>
-FOR_EACH_CPU void accumulate(const Element* x, int64_t stride, float center, float* sum, float* square, int64_t rows,
-                             int64_t width) {
-    for (int64_t row = 0; row < rows; ++row) {
-        const Element* value = x + row * stride;
-#pragma GCC ivdep
-        for (int64_t c = 0; c < width; ++c) {
-            const float deviation = widen(value[c]) - center;
-            sum[c] += deviation;
-            square[c] += deviation * deviation;
-        }
-    }
-}
-
 template <typename Element>
 FOR_EACH_CPU void finish_rows(const Element* x, const float* scale, const float* shift, Element* y, int64_t stride, int64_t rows,
-                              int64_t width) {
+                              int64_t columns) {
     for (int64_t row = 0; row < rows; ++row) {
         const Element* value = x + row * stride;
         Element* result = y + row * stride;
 #pragma GCC ivdep
-        for (int64_t c = 0; c < width; ++c) result[c] = narrow<Element>(mish(widen(value[c]) * scale[c] + shift[c]));
+        for (int64_t c = 0; c < columns; ++c) result[c] = narrow<Element>(mish(widen(value[c]) * scale[c] + shift[c]));
     }
 }
 
-// dz of one group's rows into `slopes` [L, width]; sums of dz and of dz x_hat over the rows, one a channel.
+// dz of one sample's rows into `slopes` [L, columns]; sums of dz and of dz x_hat over the rows, one a channel.
 template <typename Element>
-FOR_EACH_CPU void differentiate_mish(const Element* x, const Element* dy, int64_t stride, float mean, float inverse,
+FOR_EACH_CPU void differentiate_mish(const Element* x, const Element* dy, int64_t stride, const float* mean, const float* inverse,
                                      const float* weight, const float* bias, float* slopes, float* sum, float* product,
-                                     int64_t rows, int64_t width) {
+                                     int64_t rows, int64_t columns) {
     for (int64_t row = 0; row < rows; ++row) {
         const Element *value = x + row * stride, *gradient = dy + row * stride;
-        float* slope = slopes + row * width;
+        float* slope = slopes + row * columns;
 #pragma GCC ivdep
-        for (int64_t c = 0; c < width; ++c) {
-            const float normal = (widen(value[c]) - mean) * inverse;
+        for (int64_t c = 0; c < columns; ++c) {
+            const float normal = (widen(value[c]) - mean[c]) * inverse[c];
             const float dz = widen(gradient[c]) * mish_slope(normal * weight[c] + bias[c]);
             slope[c] = dz;
             sum[c] += dz;
@@ -72,17 +59,17 @@ FOR_EACH_CPU void differentiate_mish(const Element* x, const Element* dy, int64_
 }
 
 template <typename Element>
-FOR_EACH_CPU void differentiate_norm(const Element* x, const float* slopes, int64_t stride, float mean, float inverse,
-                                     const float* weight, float mean_slope, float mean_product, Element* dx, int64_t rows,
-                                     int64_t width) {
+FOR_EACH_CPU void differentiate_norm(const Element* x, const float* slopes, int64_t stride, const float* mean,
+                                     const float* inverse, const float* weight, const float* mean_slope,
+                                     const float* mean_product, Element* dx, int64_t rows, int64_t columns) {
     for (int64_t row = 0; row < rows; ++row) {
         const Element* value = x + row * stride;
-        const float* slope = slopes + row * width;
+        const float* slope = slopes + row * columns;
         Element* result = dx + row * stride;
 #pragma GCC ivdep
-        for (int64_t c = 0; c < width; ++c) {
-            const float normal = (widen(value[c]) - mean) * inverse;
-            result[c] = narrow<Element>(inverse * (slope[c] * weight[c] - mean_slope - normal * mean_product));
+        for (int64_t c = 0; c < columns; ++c) {
+            const float normal = (widen(value[c]) - mean[c]) * inverse[c];
+            result[c] = narrow<Element>(inverse[c] * (slope[c] * weight[c] - mean_slope[c] - normal * mean_product[c]));
         }
     }
 }
@@ -124,31 +111,36 @@ void update_range(const Pointers at, const bfloat16* gradient, bfloat16* copy, i
 
 }  // namespace
 
+// Both directions take some groups together: a row of one may be too short for vectors, and that of all too long for the cache.
+constexpr int64_t COLUMNS_TOGETHER = 64;
+
+int64_t groups_together(int64_t width) { return std::max<int64_t>(1, COLUMNS_TOGETHER / width); }
+
 template <typename Element>
 void norm_mish(const Element* x, const float* weight, const float* bias, Element* y, float* statistics, int64_t batch,
                int64_t length, int64_t channels, int num_threads) {
     const int64_t width = channels / GROUPS;
     parallel(batch * GROUPS, enough_threads(batch * length * channels, num_threads), [=](int64_t begin, int64_t end) {
-        std::vector<float> sum(width), square(width), scale(width), shift(width);
-        for (int64_t item = begin; item < end; ++item) {
+        std::vector<float> center(channels), sum(channels), square(channels), scale(channels), shift(channels);
+        for (int64_t item = begin, groups; item < end; item += groups) {
             const int64_t from = item % GROUPS * width, at = item / GROUPS * length * channels + from;
-            // Deviations from one of the values, so that a large common offset does not eat the variance.
-            const float center = widen(x[at]);
+            groups = std::min({groups_together(width), GROUPS - item % GROUPS, end - item});
+            const int64_t columns = groups * width;
+            for (int64_t c = 0; c < columns; ++c) center[c] = widen(x[at + c]);
             std::fill(sum.begin(), sum.end(), 0.0f);
             std::fill(square.begin(), square.end(), 0.0f);
-            accumulate(x + at, channels, center, sum.data(), square.data(), length, width);
-            double total = 0, total_square = 0;
-            for (int64_t c = 0; c < width; ++c) total += sum[c], total_square += square[c];
-            const double count = static_cast<double>(length * width), offset = total / count;
-            const double variance = std::max(total_square / count - offset * offset, 0.0);
-            const double mean = center + offset, inverse = 1.0 / std::sqrt(variance + EPSILON);
-            statistics[2 * item] = static_cast<float>(mean);
-            statistics[2 * item + 1] = static_cast<float>(inverse);
-            for (int64_t c = 0; c < width; ++c) {
-                scale[c] = static_cast<float>(weight[from + c] * inverse);
-                shift[c] = static_cast<float>(bias[from + c] - mean * weight[from + c] * inverse);
+            group_norm::accumulate(x + at, channels, center.data(), sum.data(), square.data(), length, columns);
+            for (int64_t group = 0; group < groups; ++group) {
+                const int64_t first = group * width;
+                const auto [mean, inverse] = group_norm::merge(&center[first], &sum[first], &square[first], length, width);
+                statistics[2 * (item + group)] = static_cast<float>(mean);
+                statistics[2 * (item + group) + 1] = static_cast<float>(inverse);
+                for (int64_t c = first; c < first + width; ++c) {
+                    scale[c] = static_cast<float>(weight[from + c] * inverse);
+                    shift[c] = static_cast<float>(bias[from + c] - mean * weight[from + c] * inverse);
+                }
             }
-            finish_rows(x + at, scale.data(), shift.data(), y + at, channels, length, width);
+            finish_rows(x + at, scale.data(), shift.data(), y + at, channels, length, columns);
         }
     });
 }
@@ -161,29 +153,39 @@ void norm_mish_backward(const Element* x, const Element* dy, const float* weight
     const float count = static_cast<float>(length * width);
     // A thread takes whole groups: the sums over samples then belong to one thread.
     parallel(GROUPS, enough_threads(batch * length * channels, num_threads), [=](int64_t begin, int64_t end) {
-        std::vector<float> slopes(length * width), sum(width), product(width);
-        for (int64_t group = begin; group < end; ++group) {
-            const int64_t from = group * width;
+        const int64_t most = std::min(end - begin, groups_together(width)) * width;
+        std::vector<float> slopes(length * most), sum(most), product(most), mean(most), inverse(most), mean_slope(most),
+            mean_product(most);
+        for (int64_t group = begin, groups; group < end; group += groups) {
+            groups = std::min(groups_together(width), end - group);
+            const int64_t from = group * width, columns = groups * width;
             const float *scale = weight + from, *shift = bias + from;
-            std::fill_n(dweight + from, width, 0.0f);
-            std::fill_n(dbias + from, width, 0.0f);
+            std::fill_n(dweight + from, columns, 0.0f);
+            std::fill_n(dbias + from, columns, 0.0f);
             for (int64_t sample = 0; sample < batch; ++sample) {
                 const int64_t at = sample * length * channels + from;
-                const float mean = statistics[2 * (sample * GROUPS + group)];
-                const float inverse = statistics[2 * (sample * GROUPS + group) + 1];
+                for (int64_t c = 0; c < columns; ++c) {
+                    const float* of_group = statistics + 2 * (sample * GROUPS + group + c / width);
+                    mean[c] = of_group[0];
+                    inverse[c] = of_group[1];
+                }
                 std::fill(sum.begin(), sum.end(), 0.0f);
                 std::fill(product.begin(), product.end(), 0.0f);
-                differentiate_mish(x + at, dy + at, channels, mean, inverse, scale, shift, slopes.data(), sum.data(),
-                                   product.data(), length, width);
-                double total = 0, total_product = 0;
-                for (int64_t c = 0; c < width; ++c) {
-                    total += scale[c] * sum[c];
-                    total_product += scale[c] * product[c];
-                    dbias[from + c] += sum[c];
-                    dweight[from + c] += product[c];
+                differentiate_mish(x + at, dy + at, channels, mean.data(), inverse.data(), scale, shift, slopes.data(),
+                                   sum.data(), product.data(), length, columns);
+                for (int64_t first = 0; first < columns; first += width) {
+                    double total = 0, total_product = 0;
+                    for (int64_t c = first; c < first + width; ++c) {
+                        total += scale[c] * sum[c];
+                        total_product += scale[c] * product[c];
+                        dbias[from + c] += sum[c];
+                        dweight[from + c] += product[c];
+                    }
+                    std::fill_n(&mean_slope[first], width, static_cast<float>(total) / count);
+                    std::fill_n(&mean_product[first], width, static_cast<float>(total_product) / count);
                 }
-                differentiate_norm(x + at, slopes.data(), channels, mean, inverse, scale, static_cast<float>(total) / count,
-                                   static_cast<float>(total_product) / count, dx + at, length, width);
+                differentiate_norm(x + at, slopes.data(), channels, mean.data(), inverse.data(), scale, mean_slope.data(),
+                                   mean_product.data(), dx + at, length, columns);
             }
         }
     });

@@ -18,9 +18,7 @@ namespace training {
 
 using bfloat16 = uint16_t;
 
-constexpr int GROUPS = 8;
-
-// x [B, L, C] -> y [B, L, C] and statistics [B, GROUPS, 2]: mean and 1 / sqrt(variance + 1e-5).
+// x [B, L, C] -> y [B, L, C] and statistics [B, 8, 2]: mean and 1 / sqrt(variance + 1e-5).
 template <typename Element>
 void norm_mish(const Element* x, const float* weight, const float* bias, Element* y, float* statistics, int64_t batch,
                int64_t length, int64_t channels, int num_threads);

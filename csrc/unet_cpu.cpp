@@ -1,10 +1,6 @@
 #include "unet_cpu.h"
 
-// Nobody reads floating-point exception flags or errno here; without this promise loops with a comparison stay scalar.
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC optimize("no-trapping-math", "no-math-errno")
-#endif
-
+#include "group_norm.h"
 #include "threads.h"
 #include "vectors.h"
 #include "winograd.h"
@@ -13,6 +9,7 @@ namespace unet {
 namespace {
 
 using namespace vectors;
+using group_norm::GROUPS;
 using threads::parallel;
 using winograd::transform;
 
@@ -50,38 +47,13 @@ FOR_EACH_CPU void output_tile(const Element* const* points, const float* bias, f
     }
 }
 
-// Adds the rows' deviations from `center` and their squares, channel by channel.
-FOR_EACH_CPU
-void accumulate(const float* __restrict__ values, const float* center, float* __restrict__ sum, float* __restrict__ square,
-                int64_t rows, int64_t channels) {
-    for (int64_t row = 0; row < rows; ++row) {
-        const float* value = values + row * channels;
-        for (int64_t c = 0; c < channels; ++c) {
-            const float deviation = value[c] - center[c];
-            sum[c] += deviation;
-            square[c] += deviation * deviation;
-        }
-    }
-}
-
-// GroupNorm as y = scale x + shift, from what `accumulate` found over all rows: the channels' means and squared deviations
-// merged (Chan et al. 1979).
+// GroupNorm as y = scale x + shift, from what `accumulate` found over all rows.
 FOR_EACH_CPU
 void find_norm(const float* center, const float* sum, const float* square, const float* weight, const float* bias,
                float* __restrict__ scale, float* __restrict__ shift, int64_t rows, int64_t channels) {
     const int64_t width = channels / GROUPS;
-    const double share = 1.0 / rows;  // in float its rounding would enter the difference of squares below
     for (int64_t from = 0; from < channels; from += width) {
-        double total = 0, spread = 0;
-#pragma omp simd reduction(+ : total)
-        for (int64_t c = from; c < from + width; ++c) total += center[c] + sum[c] * share;
-        const double mean = total / width;
-#pragma omp simd reduction(+ : spread)
-        for (int64_t c = from; c < from + width; ++c) {
-            const double offset = center[c] + sum[c] * share - mean;
-            spread += square[c] - sum[c] * share * sum[c] + rows * offset * offset;
-        }
-        const double inverse = 1.0 / std::sqrt(std::max(spread, 0.0) / (rows * width) + EPSILON);
+        const auto [mean, inverse] = group_norm::merge(center + from, sum + from, square + from, rows, width);
         for (int64_t c = from; c < from + width; ++c) {
             scale[c] = static_cast<float>(weight[c] * inverse);
             shift[c] = static_cast<float>(bias[c] - mean * weight[c] * inverse);
@@ -141,8 +113,8 @@ void winograd_output(const Element* const* m, const float* bias, const float* no
                 for (int i = 0; i < transform<Element>.POINTS; ++i) points[i] = m[i] + (sample * tiles + t) * channels;
                 float* tile = values.data() + TILE * t * channels;
                 output_tile(points, bias, tile, channels);
-                // Deviations from the first row, so that a large common offset does not eat the variance.
-                accumulate(tile, values.data(), sum.data(), square.data(), std::min<int64_t>(TILE, length - TILE * t), channels);
+                const int64_t rows = std::min<int64_t>(TILE, length - TILE * t);
+                group_norm::accumulate(tile, channels, values.data(), sum.data(), square.data(), rows, channels);
             }
             find_norm(values.data(), sum.data(), square.data(), norm_weight, norm_bias, scale.data(), shift.data(), length,
                       channels);

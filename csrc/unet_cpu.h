@@ -17,8 +17,6 @@ namespace unet {
 
 using bfloat16 = uint16_t;
 
-constexpr int GROUPS = 8;
-
 // x [B, L, C] and skip [B, L, S] (null: none, S = 0), side by side -> v [points, B T, C + S].
 template <typename Element>
 void winograd_input(const Element* x, const Element* skip, Element* v, int64_t batch, int64_t length, int64_t channels,

@@ -18,8 +18,6 @@ namespace vectors {
 
 using bfloat16 = uint16_t;
 
-constexpr float EPSILON = 1e-5f;  // of GroupNorm
-
 ALWAYS_INLINE float widen(bfloat16 value) {
     const uint32_t bits = static_cast<uint32_t>(value) << 16;
     float result;
