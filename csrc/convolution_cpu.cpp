@@ -27,41 +27,19 @@ int64_t divide_up(int64_t number, int64_t by) { return (number + by - 1) / by; }
 // Memory that nobody clears.
 std::unique_ptr<float[]> allocate(int64_t count) { return std::unique_ptr<float[]>(new float[count]); }
 
-// Tiles of 13 output rows, those of a sample side by side.
-struct Tiles {
-    int64_t batch, length, of_sample = divide_up(length, TILE), count = batch * of_sample;
-
-    // `ROWS` rows of x [B, L, channels] from `offset` rows before a tile's own; `zeros` where there is none.
-    template <int ROWS>
-    void find_rows(const float* x, int64_t channels, int64_t tile, int64_t offset, const float* zeros, const float** rows) const {
-        const int64_t sample = tile / of_sample, top = TILE * (tile % of_sample) - offset;
-        for (int i = 0; i < ROWS; ++i) {
-            const bool inside = tile < count && top + i >= 0 && top + i < length;
-            rows[i] = inside ? x + (sample * length + top + i) * channels : zeros;
-        }
-    }
-};
-
-enum class Map { INPUT, OUTPUT_GRADIENT };
-
-// B^T or A: all channels of a tile's rows -> its points, POINTS planes; neighbouring channels STRIDE apart.
-template <Map MAP, int STRIDE>
-FOR_EACH_CPU void transform_rows(const float* const* rows, int64_t from, float* points, int64_t plane, int64_t channels) {
-    constexpr int ROWS = MAP == Map::INPUT ? SPAN : TILE;
-    const float* row[ROWS];
-    for (int i = 0; i < ROWS; ++i) row[i] = rows[i] + from;
+// A: all channels of the gradients of a tile's rows -> those of its products, POINTS planes.
+FOR_EACH_CPU
+void gradient_tile(const float* const* rows, float* points, int64_t plane, int64_t channels) {
+    const float* row[TILE];
+    std::copy(rows, rows + TILE, row);
 #pragma GCC ivdep
     for (int64_t c = 0; c < channels; ++c) {
-        float r[ROWS], point[POINTS];
+        float r[TILE], point[POINTS];
 #pragma GCC unroll 32
-        for (int i = 0; i < ROWS; ++i) r[i] = row[i][c];
-        if constexpr (MAP == Map::INPUT) {
-            winograd.input(r, point);
-        } else {
-            winograd.output_gradient(r, point);
-        }
+        for (int i = 0; i < TILE; ++i) r[i] = row[i][c];
+        winograd.output_gradient(r, point);
 #pragma GCC unroll 32
-        for (int i = 0; i < POINTS; ++i) points[i * plane + c * STRIDE] = point[i];
+        for (int i = 0; i < POINTS; ++i) points[i * plane + c] = point[i];
     }
 }
 
@@ -156,20 +134,20 @@ FOR_EACH_CPU void transform_products(const float* m, int64_t plane, float* rows,
 }
 
 template <bool BACKWARD>
-void convolve_tiles(const float* x, const float* filters, const float* bias, float* y, const Tiles& tiles, int64_t inputs,
-              int64_t outputs, int num_threads) {
+void convolve_tiles(const float* x, const float* filters, const float* bias, float* y, const winograd::Tiles<float>& tiles,
+                    int64_t inputs, int64_t outputs, int num_threads) {
     using B = Block<BACKWARD>;
     const int64_t panels = divide_up(tiles.count, LANES), v_plane = inputs * LANES + PADDING;
     const auto points = allocate(panels * POINTS * v_plane);
     float* const v = points.get();
     parallel(divide_up(inputs, PACKED), num_threads, [&](int64_t begin, int64_t end) {
-        const std::vector<float> zeros(inputs, 0.0f);
+        const std::vector<float> zeros(PACKED, 0.0f);
         for (int64_t from = begin * PACKED; from < std::min(inputs, end * PACKED); from += PACKED) {
             for (int64_t tile = 0; tile < panels * LANES; ++tile) {
                 const float* rows[SPAN];
-                tiles.find_rows<SPAN>(x, inputs, tile, TAPS / 2, zeros.data(), rows);
+                tiles.find_rows<SPAN>(x + from, inputs, tile, TAPS / 2, zeros.data(), rows);
                 float* to = v + tile / LANES * POINTS * v_plane + from * LANES + tile % LANES;
-                transform_rows<Map::INPUT, LANES>(rows, from, to, v_plane, std::min(PACKED, inputs - from));
+                winograd::input_tile<float, LANES>(rows, to, v_plane, std::min(PACKED, inputs - from));
             }
         }
     });
@@ -235,14 +213,14 @@ void differentiate_filters(const float* m, const float* v, int64_t tiles, float*
 
 void convolve(const float* x, const float* filters, const float* bias, float* y, int64_t batch, int64_t length, int64_t inputs,
               int64_t outputs, bool backward, int num_threads) {
-    const Tiles tiles{batch, length};
+    const winograd::Tiles<float> tiles{batch, length};
     (backward ? convolve_tiles<true> : convolve_tiles<false>)(x, filters, bias, y, tiles, inputs, outputs, num_threads);
 }
 
 void filter_gradient(const float* x, const float* dy, float* gradient, int64_t batch, int64_t length, int64_t inputs,
                      int64_t outputs, int num_threads) {
-    constexpr int64_t GROUPS = 8;  // whose points, 6.5 KB each for 16 tiles, stay in the cache while those of all inputs go by
-    const Tiles tiles{batch, length};
+    constexpr int64_t TOGETHER = 8;  // groups whose points, 6.5 KB each for 16 tiles, stay in the cache while all inputs' go by
+    const winograd::Tiles<float> tiles{batch, length};
     const int64_t input_blocks = divide_up(inputs, LANES), groups = divide_up(outputs, GROUP);
     const auto input_points = allocate(input_blocks * POINTS * tiles.count * LANES);
     const auto gradient_points = allocate(groups * POINTS * tiles.count * GROUP);
@@ -254,17 +232,17 @@ void filter_gradient(const float* x, const float* dy, float* gradient, int64_t b
         const float* rows[SPAN];
         for (int64_t tile = begin; tile < end; ++tile) {
             tiles.find_rows<SPAN>(x, inputs, tile, TAPS / 2, zeros.data(), rows);
-            transform_rows<Map::INPUT, 1>(rows, 0, points.data(), plane, inputs);
+            winograd::input_tile<float, 1>(rows, points.data(), plane, inputs);
             spread<LANES>(points.data(), plane, v, tile, tiles.count, inputs);
             tiles.find_rows<TILE>(dy, outputs, tile, 0, zeros.data(), rows);
-            transform_rows<Map::OUTPUT_GRADIENT, 1>(rows, 0, points.data(), plane, outputs);
+            gradient_tile(rows, points.data(), plane, outputs);
             spread<GROUP>(points.data(), plane, m, tile, tiles.count, outputs);
         }
     });
-    parallel(divide_up(groups, GROUPS), num_threads, [&](int64_t begin, int64_t end) {
-        for (int64_t first = begin * GROUPS; first < std::min(groups, end * GROUPS); first += GROUPS) {
+    parallel(divide_up(groups, TOGETHER), num_threads, [&](int64_t begin, int64_t end) {
+        for (int64_t first = begin * TOGETHER; first < std::min(groups, end * TOGETHER); first += TOGETHER) {
             for (int64_t block = 0; block < input_blocks; ++block) {
-                for (int64_t group = first; group < std::min(groups, first + GROUPS); ++group) {
+                for (int64_t group = first; group < std::min(groups, first + TOGETHER); ++group) {
                     const int64_t size = POINTS * tiles.count, o = group * GROUP, c = block * LANES;
                     differentiate_filters(m + group * size * GROUP, v + block * size * LANES, tiles.count,
                                           gradient + o * TAPS * inputs + c, inputs, std::min<int64_t>(GROUP, outputs - o),

@@ -31,7 +31,7 @@ struct Moments {
     double mean, inverse;  // inverse: 1 / sqrt(variance + EPSILON)
 };
 
-// Of a group of `width` channels from what `accumulate` found over all rows: means and squared deviations merged (Chan et al. 1979).
+// Of a group of `width` channels from what `accumulate` found over all rows: means and deviations merged (Chan et al. 1979).
 ALWAYS_INLINE Moments merge(const float* center, const float* sum, const float* square, int64_t rows, int64_t width) {
     const double share = 1.0 / rows;  // in float its rounding would enter the difference of squares below
     double total = 0, spread = 0;

@@ -13,23 +13,6 @@ using group_norm::GROUPS;
 using threads::parallel;
 using winograd::transform;
 
-// All channels of a tile's rows -> its points. A row outside the sample is a row of zeros.
-template <typename Element>
-FOR_EACH_CPU void input_tile(const Element* const* rows, Element* v, int64_t plane, int64_t channels) {
-    constexpr auto& winograd = transform<Element>;
-    const Element* row[winograd.SPAN];
-    std::copy(rows, rows + winograd.SPAN, row);
-#pragma GCC ivdep
-    for (int64_t c = 0; c < channels; ++c) {
-        float r[winograd.SPAN], point[winograd.POINTS];
-#pragma GCC unroll 32
-        for (int i = 0; i < winograd.SPAN; ++i) r[i] = widen(row[i][c]);
-        winograd.input(r, point);
-#pragma GCC unroll 32
-        for (int i = 0; i < winograd.POINTS; ++i) v[i * plane + c] = narrow<Element>(point[i]);
-    }
-}
-
 // All channels of a tile's points -> its rows `values` [TILE, C], bias added.
 template <typename Element>
 FOR_EACH_CPU void output_tile(const Element* const* points, const float* bias, float* __restrict__ values, int64_t channels) {
@@ -75,19 +58,16 @@ FOR_EACH_CPU void finish_row(const float* value, const float* scale, const float
 template <typename Element>
 void winograd_input(const Element* x, const Element* skip, Element* v, int64_t batch, int64_t length, int64_t channels,
                     int64_t skip_channels, int num_threads) {
-    constexpr int TILE = transform<Element>.TILE;
-    const int64_t tiles = (length + TILE - 1) / TILE, width = channels + skip_channels, plane = batch * tiles * width;
+    const winograd::Tiles<Element> tiles{batch, length};
+    const int64_t width = channels + skip_channels, plane = tiles.count * width;
     parallel(batch, num_threads, [=](int64_t first, int64_t last) {
         const std::vector<Element> zeros(std::max(channels, skip_channels), 0);
-        for (int64_t t = first * tiles; t < last * tiles; ++t) {
-            const int64_t sample = t / tiles, top = TILE * (t % tiles) - 2;
+        for (int64_t t = first * tiles.of_sample; t < last * tiles.of_sample; ++t) {
             const auto fill = [&](const Element* source, int64_t count, int64_t offset) {
-                const Element* rows[transform<Element>.SPAN];
-                for (int i = 0; i < transform<Element>.SPAN; ++i) {
-                    const int64_t row = top + i;
-                    rows[i] = row < 0 || row >= length ? zeros.data() : source + (sample * length + row) * count;
-                }
-                input_tile(rows, v + t * width + offset, plane, count);
+                constexpr auto& winograd = transform<Element>;
+                const Element* rows[winograd.SPAN];
+                tiles.template find_rows<winograd.SPAN>(source, count, t, winograd.TAPS / 2, zeros.data(), rows);
+                winograd::input_tile<Element, 1>(rows, v + t * width + offset, plane, count);
             };
             fill(x, channels, 0);
             if (skip) fill(skip, skip_channels, channels);

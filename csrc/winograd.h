@@ -144,4 +144,38 @@ inline constexpr Transform<3, true> transform<vectors::bfloat16>({1.0 / 3, 7.0 /
 template <>
 inline constexpr Transform<8, false> transform<float>({0.13, 0.39, 0.63, 0.85, 1.05, 1.34, 1.94, 3.8});
 
+// A batch of samples [B, L, channels], row-major, in tiles; those of a sample side by side.
+template <typename Element>
+struct Tiles {
+    static constexpr int TILE = transform<Element>.TILE;
+    int64_t batch, length, of_sample = (length + TILE - 1) / TILE, count = batch * of_sample;
+
+    // ROWS rows of x from `before` rows above a tile's own; `zeros` outside of the sample, and for tiles beyond the last.
+    template <int ROWS>
+    void find_rows(const Element* x, int64_t channels, int64_t tile, int before, const Element* zeros, const Element** rows) const {
+        const int64_t sample = tile / of_sample, top = TILE * (tile % of_sample) - before;
+        for (int i = 0; i < ROWS; ++i) {
+            const bool inside = tile < count && top + i >= 0 && top + i < length;
+            rows[i] = inside ? x + (sample * length + top + i) * channels : zeros;
+        }
+    }
+};
+
+// B^T: all channels of a tile's rows -> its points, planes of them; neighbouring channels STRIDE apart.
+template <typename Element, int STRIDE>
+FOR_EACH_CPU void input_tile(const Element* const* rows, Element* points, int64_t plane, int64_t channels) {
+    constexpr auto& winograd = transform<Element>;
+    const Element* row[winograd.SPAN];
+    std::copy(rows, rows + winograd.SPAN, row);
+#pragma GCC ivdep
+    for (int64_t c = 0; c < channels; ++c) {
+        float r[winograd.SPAN], point[winograd.POINTS];
+#pragma GCC unroll 32
+        for (int i = 0; i < winograd.SPAN; ++i) r[i] = vectors::widen(row[i][c]);
+        winograd.input(r, point);
+#pragma GCC unroll 32
+        for (int i = 0; i < winograd.POINTS; ++i) points[i * plane + c * STRIDE] = vectors::narrow<Element>(point[i]);
+    }
+}
+
 }  // namespace winograd
