@@ -85,8 +85,8 @@ class BuildExtension(build_ext):
         print(f"dydiff: {text}", flush=True)
         folder = self.source_folder() if self.editable_mode else Path(self.get_ext_fullpath(extension.name)).parent
         folder.mkdir(parents=True, exist_ok=True)
-        sources = sorted(path for path in Path("csrc").iterdir() if path.suffix in (".h", ".cpp", ".cu"))
-        digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+        sources = sorted([*CPU_SOURCES, *CUDA_SOURCES, *HEADERS])
+        digest = hashlib.sha256(b"".join(Path(source).read_bytes() for source in sources)).hexdigest()
         (folder / REPORT).write_text(f"{text}\n{digest}\n")
 
 

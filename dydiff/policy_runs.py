@@ -146,14 +146,14 @@ class Subject:
 
     def describe(self) -> dict[str, Any]:
         """What a report on its rollouts says of them first."""
-        return {
-            "dataset": self.problem.dataset.name,
-            "environment": self.problem.environment,
-            "simulator": self.problem.simulator,
-            "policy": str(self.run.folder),
-            "horizon": self.rollouts.engine.horizon,
-            "iterations": self.rollouts.engine.iterations,
-        }
+        engine = self.rollouts.engine
+        return {**describe_run(self.run, self.problem), "horizon": engine.horizon, "iterations": engine.iterations}
+
+
+def describe_run(run: PolicyRun, problem: Problem) -> dict[str, Any]:
+    """Which run a report is about, and where it was trained."""
+    where = {"dataset": problem.dataset.name, "environment": problem.environment, "simulator": problem.simulator}
+    return {**where, "policy": str(run.folder)}
 
 
 def load_subject(root: Path, dataset_name: str, device: str) -> Subject:

@@ -10,7 +10,7 @@ from dydiff import plots
 from dydiff.checkpoint import make_folder, write_atomically
 from dydiff.comparison import DYDIFF, SINGLE_STEP, compare_rollouts
 from dydiff.errors import DydiffError
-from dydiff.policy_runs import Subject, behaviour_return, describe_models, group_runs, load_models, load_runs
+from dydiff.policy_runs import Subject, behaviour_return, describe_models, describe_run, group_runs, load_models, load_runs
 from dydiff.progress import say
 from dydiff.tables import format_table, plus_minus
 
@@ -39,10 +39,7 @@ def report(root: Path, dataset_name: str, starts: int, seed: int, device: str) -
     scores = [variant.summary(dataset) for variant in group_runs(runs)]
     scores.sort(key=lambda score: score["dydiff"])  # base algorithms first
     record = {
-        "dataset": dataset.name,
-        "environment": problem.environment,
-        "simulator": problem.simulator,
-        "policy": str(run.folder),
+        **describe_run(run, problem),
         "rows": len(dataset),
         "scores": scores,
         "behaviour_return": behaviour_return(dataset, steps),
@@ -70,7 +67,8 @@ def _measure_rollouts(subject: Subject, folder: Path, starts: int, seed: int) ->
     modelled = {name: comparison.modelled[name].observation for name in (SINGLE_STEP, DYDIFF)}
     draw(problem.spec.name, comparison.simulated.observation, comparison.alive, modelled, files[1])
     record = {
-        **subject.describe(),
+        "horizon": engine.horizon,
+        "iterations": engine.iterations,
         "starts": len(comparison.simulated.reward),
         "seed": seed,
         "models": describe_models(subject.models, problem.dataset, engine.dynamics),

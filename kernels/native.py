@@ -14,22 +14,24 @@ from pathlib import Path
 import torch
 
 
-def _read_report() -> tuple[str, str]:
-    """What the build said, and the digest of its sources; empty without a build."""
+def _read_build() -> tuple[str, str]:
+    """What the installation did, and the digest of the sources that it saw; empty without one."""
     path = Path(__file__).with_name("_native_build.txt")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return (*lines, "", "")[:2]
+    if not path.exists():
+        return "", ""
+    report, _, digest = path.read_text().strip().partition("\n")
+    return f"the installation {report}", digest
 
 
 def _find_obstacle() -> str:
     """Why the extension must not be used although it may be there: a checkout goes on after its build."""
-    report, digest = _read_report()
+    build, digest = _read_build()
     folder = Path(__file__).parents[1] / "csrc"
     if not folder.is_dir() or not digest:
         return ""
     sources = sorted(path for path in folder.iterdir() if path.suffix in (".h", ".cpp", ".cu"))
     same = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest() == digest
-    return "" if same else f"csrc/ has changed since the installation {report}"
+    return "" if same else f"csrc/ has changed since {build}"
 
 
 extension = None
@@ -40,7 +42,7 @@ else:
     try:
         from dydiff.kernels import _native as extension
     except ImportError as error:
-        _obstacle = f"the installation {_read_report()[0]}" if _read_report()[0] else str(error)
+        _obstacle = _read_build()[0] or str(error)
 
 
 def why_unavailable(device: torch.device | str = "cpu") -> str:
@@ -58,7 +60,7 @@ def why_unavailable(device: torch.device | str = "cpu") -> str:
         )
     if not hasattr(extension, kind):
         return (
-            f"The compiled EDM step has no CUDA unit: the installation {_read_report()[0] or 'was made without nvcc'}. "
+            f"The compiled EDM step has no CUDA unit: {_read_build()[0] or 'it was built without nvcc'}. "
             f"Plain PyTorch takes its place. To build it, {rebuild}."
         )
     if kind == "cuda" and (obstacle := extension.cuda.obstacle()):
