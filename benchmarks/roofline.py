@@ -30,7 +30,7 @@ from harness import (
 from machine import describe_machine
 from torch import nn
 
-from dydiff.backends import TRITON, prepare_denoiser
+from dydiff.backends import ON_GPU, prepare_denoiser
 from dydiff.device import find_device, has_fast_bf16
 from dydiff.diffusion.edm import Denoiser
 from dydiff.errors import DydiffError
@@ -39,7 +39,7 @@ from dydiff.networks.fused_unet import FusedUNet
 from dydiff.networks.unet import ResidualBlock, UNet
 
 OBSERVATION_DIM, WIDTH = 11, 14  # hopper
-DTYPES = {"reference": "float32", "winograd": "float32", "bf16": "bfloat16"} | dict.fromkeys(TRITON, "float16")
+DTYPES = {"reference": "float32", "winograd": "float32", "bf16": "bfloat16"} | dict.fromkeys(ON_GPU, "float16")
 BANDWIDTH_BYTES = 2**28
 WARM_UP, LEAST = 2, 5
 LABELS = {"residual_block": "residual blocks", "downsample": "downsampling", "upsample": "upsampling", "leave": "end"}
@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unet = UNet(WIDTH, horizon, options.dim, options.dim_mults).to(device).eval().requires_grad_(False)
     machine = describe_machine(device)
     on_cpu = ["bf16" if has_fast_bf16(torch.device(device)) else "winograd"]
-    default = ["reference", *(on_cpu if device == "cpu" else TRITON)]
+    default = ["reference", *(on_cpu if device == "cpu" else ON_GPU)]
     lines, rates = [], {}
     bandwidth = measure_bandwidth(device)
     for variant in options.variants or default:

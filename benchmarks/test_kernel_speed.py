@@ -1,4 +1,4 @@
-"""The U-Net's residual blocks at the default network's shapes: PyTorch eager against the Triton backends, in float16.
+"""The U-Net's residual blocks at the default network's shapes: PyTorch eager against the backends for GPUs, in float16.
 
     python -m pytest benchmarks/test_kernel_speed.py
 
@@ -17,13 +17,14 @@ from dydiff.kernels.unet_reference import GROUPS, ReferenceBlocks
 from dydiff.networks.unet import ResidualBlock
 
 unet_triton = pytest.importorskip("dydiff.kernels.unet_triton")
+unet_cudnn = pytest.importorskip("dydiff.kernels.unet_cudnn")
 winograd_triton = pytest.importorskip("dydiff.kernels.winograd_triton")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="kernel speed is measured on a CUDA card; there is none")
 
 BATCH, TAPS, CALLS = 2048, 5, 10
 # L, channels of x, of skip, C_out
 BLOCKS = [(25, 1024, 0, 1024), (25, 1024, 1024, 512), (50, 512, 0, 512), (50, 512, 512, 128), (100, 128, 0, 128)]
-VARIANTS = ["eager", "triton-a", "triton-b", "triton-c"]
+VARIANTS = ["eager", "cudnn", "triton-a", "triton-b", "triton-c"]
 
 
 class EagerBlocks(ReferenceBlocks):
@@ -52,7 +53,8 @@ class EagerBlocks(ReferenceBlocks):
 
 def make_blocks(variant: str):
     makers = {"eager": EagerBlocks, "triton-a": unet_triton.FusedBlocks, "triton-b": unet_triton.TwoPassBlocks}
-    return (makers | {"triton-c": winograd_triton.TritonWinogradBlocks})[variant](torch.float16)
+    makers |= {"cudnn": unet_cudnn.CudnnBlocks, "triton-c": winograd_triton.TritonWinogradBlocks}
+    return makers[variant](torch.float16)
 
 
 def leave(activation) -> Tensor:

@@ -5,12 +5,13 @@
     compiled    float32 network through torch.compile
     bf16        CPU: fused Winograd blocks in bfloat16 (kernels/unet_cpu.py)
     winograd    CPU: the same in float32
+    cudnn       GPU: float16, cuDNN's convolutions and one kernel for what follows each (kernels/unet_cudnn.py)
     triton-a    GPU: float16, one kernel a convolution with its normalisation, where a tile holds whole samples; else triton-b
     triton-b    GPU: float16, the convolution as one matrix product and a second pass for the normalisation
     triton-c    GPU: float16, Winograd convolutions whose products are cuBLAS's (kernels/winograd_triton.py)
     auto        the fastest that keeps rollouts within 2e-2 of float32: on the CPU bf16, where the processor multiplies bfloat16
-                and no norm goes over a few elements only, else winograd; on a GPU the fastest of triton-a, -b and -c, if a trial
-                there, with the network's own weights, finds it right and faster than float32 (trial.py); else, and for networks
+                and no norm goes over a few elements only, else winograd; on a GPU the fastest of those in float16 that a trial
+                there, with the network's own weights, finds right and faster than float32 (trial.py); else, and for networks
                 that the others are not for, extension
 """
 
@@ -36,10 +37,10 @@ from dydiff.networks.unet import UNet
 from dydiff.progress import say
 from dydiff.trial import find_fault, time_evaluations
 
-BACKENDS = ("auto", "reference", "extension", "compiled", "bf16", "winograd", "triton-a", "triton-b", "triton-c")
 ON_CPU = {"bf16": torch.bfloat16, "winograd": torch.float32}
-TRITON = ("triton-a", "triton-b", "triton-c")
-IN_16_BIT = ("bf16", *TRITON)
+ON_GPU = ("cudnn", "triton-a", "triton-b", "triton-c")  # in float16
+BACKENDS = ("auto", "reference", "extension", "compiled", *ON_CPU, *ON_GPU)
+IN_16_BIT = ("bf16", *ON_GPU)
 # A norm over few elements blows up rounding: with groups of 2 the network was wrong by 50 %, with 32 and more by 2 to 4 %.
 SMALLEST_GROUP = 32
 LARGEST_TRIAL = 2048  # starts
@@ -82,13 +83,14 @@ def prepare_denoiser(denoiser: Denoiser, backend: str, batch: int = LARGEST_TRIA
         if device.type != "cpu" or not isinstance(denoiser.network, UNet):
             raise NotForNetwork(f"Rollout backend '{backend}' is for UNet_RL on the CPU; use 'auto'.")
         return FusedDenoiser(denoiser, CpuBlocks(ON_CPU[backend]))
-    if backend.startswith("triton"):
-        return FusedDenoiser(denoiser, _make_triton_blocks(denoiser, backend, device))
+    if backend in ON_GPU:
+        return FusedDenoiser(denoiser, _make_gpu_blocks(denoiser, backend, device))
     return denoiser
 
 
-def _make_triton_blocks(denoiser: Denoiser, backend: str, device: torch.device) -> Blocks:
+def _make_gpu_blocks(denoiser: Denoiser, backend: str, device: torch.device) -> Blocks:
     from dydiff.kernels import unet_triton  # these import triton, which only a GPU needs
+    from dydiff.kernels.unet_cudnn import CudnnBlocks
     from dydiff.kernels.winograd_triton import TritonWinogradBlocks
 
     reason = unet_triton.why_unavailable(device)
@@ -96,8 +98,8 @@ def _make_triton_blocks(denoiser: Denoiser, backend: str, device: torch.device) 
         raise DydiffError(reason)
     if not isinstance(denoiser.network, UNet):
         raise NotForNetwork(f"Rollout backend '{backend}' is for UNet_RL; use 'auto'.")
-    if backend == "triton-c":
-        return TritonWinogradBlocks(torch.float16)
+    if backend in ("cudnn", "triton-c"):
+        return (CudnnBlocks if backend == "cudnn" else TritonWinogradBlocks)(torch.float16)
     make = unet_triton.FusedBlocks if backend == "triton-a" else unet_triton.TwoPassBlocks
     return make(torch.float16, kernel_size=denoiser.network.kernel_size)
 
@@ -147,7 +149,7 @@ def _race_backends(denoiser: Denoiser, device: torch.device, batch: int, plain: 
         torch.cuda.empty_cache()
         return _race_backends(denoiser, device, batch // 2, plain)
     faults = []
-    for backend in TRITON:
+    for backend in ON_GPU:
         fault = ""
         try:
             evaluate = prepare_denoiser(denoiser, backend).evaluate
@@ -155,7 +157,7 @@ def _race_backends(denoiser: Denoiser, device: torch.device, batch: int, plain: 
                 seconds[backend] = time_evaluations(evaluate, shape, device)
         except Exception as error:  # whatever a kernel's compiler or launch raises; float32 needs neither
             fault = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-            _insist_on_usable(device, fault)
+            _insist_on_usable(device, backend, fault, min(seconds, key=seconds.get))
         if fault:
             faults.append(f"{backend} cannot be used here: {fault}")
     fastest = min(seconds, key=seconds.get)
@@ -168,10 +170,12 @@ def _race_backends(denoiser: Denoiser, device: torch.device, batch: int, plain: 
     return fastest
 
 
-def _insist_on_usable(device: torch.device, fault: str) -> None:
-    """Raise DydiffError where a failure left a GPU unusable for this process."""
+def _insist_on_usable(device: torch.device, backend: str, fault: str, remedy: str) -> None:
+    """Raise DydiffError, which recommends a backend, where another one's failure left a GPU unusable for this process."""
     try:
         torch.cuda.synchronize(device)
     except RuntimeError as error:
-        remedy = "Start again with --set sampler_kwargs.backend=extension."
-        raise DydiffError(f"A trial of the fused GPU kernels failed and left {device} unusable ({fault}). {remedy}") from error
+        raise DydiffError(
+            f"The trial of rollout backend {backend} failed and left {device} unusable ({fault}). Start again with "
+            f"--set sampler_kwargs.backend={remedy}, which passed."
+        ) from error

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from dydiff.errors import DydiffError
 from dydiff.kernels import native
+from dydiff.kernels.channels_last import ChannelsLastBlocks, Packed
 from dydiff.kernels.matrix_cpu import ConstantMatrices, ConstantMatrix
 from dydiff.kernels.native import why_unavailable
-from dydiff.kernels.winograd import F5, F13, Packed, WinogradBlocks
+from dydiff.kernels.winograd import F5, F13
 
 
-class CpuBlocks(WinogradBlocks):
+class CpuBlocks(ChannelsLastBlocks):
     """Blocks backend for CPU tensors in bfloat16 or float32; see `unet_reference.ReferenceBlocks` for the methods.
 
     Raises:
@@ -43,8 +44,8 @@ class CpuBlocks(WinogradBlocks):
     def make_matrix(self, weight: Tensor, bias: Tensor | None) -> ConstantMatrix:
         return ConstantMatrix(weight, bias, self.dtype)
 
-    def make_points(self, filters: Tensor) -> ConstantMatrices:
-        return ConstantMatrices(filters, self.dtype)
+    def make_filters(self, weight: Tensor) -> ConstantMatrices:
+        return ConstantMatrices(self.transform.filters(weight), self.dtype)
 
     def conv_block(
         self, x: Tensor, skip: Tensor | None, packed: Packed, prefix: str, time_bias: Tensor | None, residual: Tensor | None

@@ -20,16 +20,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from dydiff.kernels.channels_last import ChannelsLastBlocks, Packed
 from dydiff.kernels.launch import Launch
-from dydiff.kernels.layout import round_up
 from dydiff.kernels.matmul import mish
-from dydiff.kernels.unet_reference import GROUPS, Weights
-from dydiff.kernels.winograd import F5, Packed, WinogradBlocks
+from dydiff.kernels.matrix_gpu import GpuMatrix
+from dydiff.kernels.unet_reference import GROUPS
+from dydiff.kernels.winograd import F5
 
 A, B, C = (tl.constexpr(point) for point in F5.real_points)
 
@@ -227,49 +227,24 @@ def transform_output(
     return Launch(output_kernel, (batch * GROUPS,), arguments, warps=min(max(held // 256, 1), 16))
 
 
-class DeviceMatrix:
-    """A constant matrix of 16 bit on a GPU, with float32 sums in cuBLAS."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
-        self.weight = weight.to(dtype).contiguous()
-        self.bias = None if bias is None else bias.to(dtype)
-
-    def multiply(self, rows: Tensor) -> Tensor:
-        """rows [M, K] -> [M, N]."""
-        return rows @ self.weight if self.bias is None else torch.addmm(self.bias, rows, self.weight)
-
-
-class TritonWinogradBlocks(WinogradBlocks):
+class TritonWinogradBlocks(ChannelsLastBlocks):
     """Blocks backend of Winograd convolutions for one float16 or bfloat16; execute: what happens to a launch.
 
     Raises:
         DydiffError: from `pack`, a kernel size other than 5.
     """
 
-    transform = F5
+    channel_multiple = 8  # of 16 bit each, so that rows are aligned for cuBLAS
 
     def __init__(self, dtype: torch.dtype = torch.float16, execute: Callable[[Launch], None] = Launch.run):
         self.dtype = dtype
         self.execute = execute
 
-    def make_matrix(self, weight: Tensor, bias: Tensor | None) -> DeviceMatrix:
-        return DeviceMatrix(weight, bias, self.dtype)
+    def make_matrix(self, weight: Tensor, bias: Tensor | None) -> GpuMatrix:
+        return GpuMatrix(weight, bias, self.dtype)
 
-    def make_points(self, filters: Tensor) -> Tensor:
-        return filters.to(self.dtype).contiguous()
-
-    def pack(self, weights: Weights) -> Packed:
-        """Input channels are padded to multiples of 8 with zeros, as `enter` pads the data's columns."""
-
-        def pad(weight: Tensor) -> Tensor:
-            is_convolution = weight.ndim == 3 and weight.shape[2] != 4
-            return F.pad(weight, (0, 0, 0, -weight.shape[1] % 8)) if is_convolution else weight
-
-        return super().pack({name: pad(weight) for name, weight in weights.items()})
-
-    def enter(self, x: Tensor) -> Tensor:
-        width = x.shape[2]
-        return F.pad(super().enter(x), (0, round_up(width, 8) - width))
+    def make_filters(self, weight: Tensor) -> Tensor:
+        return F5.filters(weight).to(self.dtype).contiguous()
 
     def conv_block(
         self, x: Tensor, skip: Tensor | None, packed: Packed, prefix: str, time_bias: Tensor | None, residual: Tensor | None

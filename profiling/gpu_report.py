@@ -49,7 +49,7 @@ def list_parts(out: Path, cases: Path, wheels: Path | None) -> list[Part]:
     picture = f"--plot={out / 'roofline.png'}"
     side_by_side = ["-n", "12", "--dist=worksteal"] if find_spec("xdist") else []  # compiling kernels is what takes time
     loaded = "import sys; from dydiff.kernels.edm import why_unavailable; sys.exit(why_unavailable('cuda') or 0)"
-    variants = "--variants=published,stock,extension,triton-a,triton-b,triton-c,fast"
+    variants = "--variants=published,stock,extension,cudnn,triton-a,triton-b,triton-c,fast"
     fast = ["--quick", "--no-memory", "--batch=64,2048", "--cases=evaluation,rollout", variants]
     parts = [
         Part("build", install, 120),
@@ -75,7 +75,7 @@ def compile_kernels() -> int:
     """Compile what the race runs, a process a backend and batch, into Triton's cache on disk; the exit status."""
     commands = [
         [sys.executable, "benchmarks/rollout_speed.py", f"--batch={batch}", "--device=cuda:0", f"--peak-memory-of={backend}"]
-        for backend in ("triton-a", "triton-b", "triton-c")
+        for backend in ("cudnn", "triton-a", "triton-b", "triton-c")
         for batch in (64, 2048)
     ]
     children = [subprocess.Popen(command, cwd=REPO) for command in commands]

@@ -7,6 +7,7 @@ types, alignment and options are those of a real call.
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -23,7 +24,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from dydiff.kernels import fused_block, launch, unet_triton, winograd_triton  # noqa: E402
+from dydiff.kernels import fused_block, launch, unet_cudnn, unet_triton, winograd_triton  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "profiling"))
 import tune_kernels  # noqa: E402
@@ -151,12 +152,13 @@ def test_normalisation_and_odd_widths_compile_well(capability, compile_launch):
 
 @pytest.mark.parametrize("horizon", [32, 100, 256])
 @pytest.mark.parametrize("capability", SHARED_LIMIT)
-def test_winograd_transforms_compile_well(capability, horizon, compile_launch):
+@pytest.mark.parametrize("blocks", [winograd_triton.TritonWinogradBlocks, unet_cudnn.CudnnBlocks])
+def test_what_is_around_products_compiles_well(capability, blocks, horizon, compile_launch):
     """Every launch of an evaluation: nothing spilled, and 16 bytes a load and store where the tile is large enough."""
     launches: list[launch.Launch] = []
     with torch.device("meta"):
         unet, x, label = UNet(14, horizon), torch.empty(2048, horizon, 14), torch.empty(1)
-    fused = FusedUNet(unet, winograd_triton.TritonWinogradBlocks(execute=launches.append))
+    fused = FusedUNet(unet, blocks(execute=launches.append))
     fused(x, fused.time_table(label)[0])
 
     def distinct(recorded: launch.Launch) -> tuple:
@@ -165,10 +167,12 @@ def test_winograd_transforms_compile_well(capability, horizon, compile_launch):
     for recorded in {distinct(one): one for one in launches}.values():
         kernel = compile_launch(recorded, capability)
         assert spilled_bytes(kernel) == 0 and kernel.metadata.shared <= SHARED_LIMIT[capability]
-        if recorded.arguments["TILES"] * recorded.arguments["COLUMNS"] >= 256 * recorded.warps:
+        tile = [recorded.arguments[name] for name in ("TILES", "ROWS", "COLUMNS") if name in recorded.arguments]
+        pieces = math.prod(tile) // (256 * recorded.warps)  # of 16 bytes that a thread has of a tile
+        if pieces:
             code = kernel.asm["ptx"]
-            points = {"input_kernel": (9, 10), "output_kernel": (10, 5)}[recorded.kernel.__name__]
-            assert code.count("ld.global.v4.b32") >= points[0] and code.count("st.global.v4.b32") == points[1]
+            loads, stores = {"input_kernel": (9, 10), "output_kernel": (10, 5), "finish_kernel": (1, 1)}[recorded.kernel.__name__]
+            assert code.count("ld.global.v4.b32") >= loads * pieces and code.count("st.global.v4.b32") == stores * pieces
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -11,7 +11,7 @@ import torch
 from small_denoiser import DATA_DIM, HORIZON, make_denoiser
 
 from dydiff import backends
-from dydiff.backends import TRITON, choose_backend, prepare_denoiser
+from dydiff.backends import ON_GPU, choose_backend, prepare_denoiser
 from dydiff.diffusion.edm import Denoiser
 from dydiff.errors import DydiffError
 from dydiff.networks.unet import UNet
@@ -112,13 +112,13 @@ def broken(y):
 
 
 @pytest.mark.parametrize(
-    "a, b, c, times, chosen",
-    [(same, same, same, (2, 1, 2), "triton-b"), (same, same, same, (1, 2, 2), "triton-a"),
-     (same, same, same, (2, 2, 1), "triton-c"), (same, wrong, wrong, (2, 1, 1), "triton-a"),
-     (broken, same, same, (1, 2, 2.5), "triton-b")],
+    "ways, times, chosen",  # of cudnn, triton-a, -b, -c
+    [((same, same, same, same), (2, 2, 1, 2), "triton-b"), ((same, same, same, same), (2, 1, 2, 2), "triton-a"),
+     ((same, same, same, same), (2, 2, 2, 1), "triton-c"), ((same, same, same, same), (1, 2, 2, 2), "cudnn"),
+     ((broken, same, wrong, wrong), (1, 2, 1, 1), "triton-a"), ((same, broken, wrong, same), (2, 1, 1, 2.5), "cudnn")],
 )  # fmt: skip
-def test_the_fastest_of_those_that_are_right(monkeypatch, capsys, a, b, c, times, chosen):
-    changes, seconds = dict(zip(TRITON, (a, b, c), strict=True)), dict(zip(TRITON, times, strict=True))
+def test_the_fastest_of_those_that_are_right(monkeypatch, capsys, ways, times, chosen):
+    changes, seconds = dict(zip(ON_GPU, ways, strict=True)), dict(zip(ON_GPU, times, strict=True))
     candidates = Candidates(monkeypatch, changes, seconds | {"reference": 3})
     assert candidates.choose() == chosen
     assert f"Rollouts take {chosen}" in capsys.readouterr().err
@@ -147,14 +147,16 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
 
 
 def test_a_gpu_that_a_kernel_ruined_ends_the_run(monkeypatch):
-    candidates = Candidates(monkeypatch, {"triton-a": broken, "triton-b": same}, {"triton-a": 1, "triton-b": 1, "reference": 3})
+    """The message recommends the best of those that were tried before."""
 
     def synchronize(device):
         raise RuntimeError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    with pytest.raises(DydiffError, match="left cpu unusable .*no such instruction.*backend=extension"):
-        candidates.choose()
+    for seconds, remedy in ((1, "cudnn"), (4, "reference")):
+        candidates = Candidates(monkeypatch, {"cudnn": same}, {"cudnn": seconds, "reference": 3})
+        monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+        with pytest.raises(DydiffError, match=f"triton-a failed .*left cpu unusable .*no such instruction.*backend={remedy}"):
+            candidates.choose()
 
 
 def test_a_network_is_tried_once(monkeypatch):
@@ -176,5 +178,5 @@ def test_a_network_is_tried_once(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the trial of the fused kernels themselves needs a GPU")
 def test_auto_takes_fused_kernels_on_a_gpu():
     denoiser = Denoiser(UNet(14, 100), 11).cuda().requires_grad_(False)
-    assert choose_backend(denoiser, torch.device("cuda"), 64) in TRITON
+    assert choose_backend(denoiser, torch.device("cuda"), 64) in ON_GPU
     assert prepare_denoiser(denoiser, "auto", 64).evaluate(torch.randn(2, 100, 14, device="cuda"), 1.0).isfinite().all()

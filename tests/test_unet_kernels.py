@@ -7,12 +7,14 @@ of its own with Triton's interpreter, because the switch works only before Trito
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from copy import deepcopy
 
 import pytest
 import torch
+from guarded import guard_memory
 from torch import Tensor, nn
 
 from dydiff.errors import DydiffError
@@ -22,7 +24,8 @@ from dydiff.networks.unet import ConvBlock, ResidualBlock, UNet
 
 triton = pytest.importorskip("triton")
 from dydiff.kernels import fused_block, launch, unet_triton  # noqa: E402
-from dydiff.kernels.winograd import WinogradBlocks  # noqa: E402
+from dydiff.kernels.channels_last import ChannelsLastBlocks  # noqa: E402
+from dydiff.kernels.unet_cudnn import CudnnBlocks  # noqa: E402
 from dydiff.kernels.winograd_triton import TritonWinogradBlocks  # noqa: E402
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -33,12 +36,13 @@ on_kernels = pytest.mark.skipif(
 )
 
 
-def make_winograd(dtype: torch.dtype = torch.float16, kernel_size: int = 5, capability: int | None = None):
-    """The same code on every card."""
-    return TritonWinogradBlocks(dtype)
+def on_every_card(blocks: type[ChannelsLastBlocks]):
+    """The same code for all capabilities, and for the kernel sizes that it is for."""
+    return lambda dtype=torch.float16, kernel_size=5, capability=None: blocks(dtype)
 
 
-BACKENDS = {"triton-a": unet_triton.FusedBlocks, "triton-b": unet_triton.TwoPassBlocks, "triton-c": make_winograd}
+CHANNELS_LAST = {"cudnn": on_every_card(CudnnBlocks), "triton-c": on_every_card(TritonWinogradBlocks)}
+BACKENDS = {"triton-a": unet_triton.FusedBlocks, "triton-b": unet_triton.TwoPassBlocks, **CHANNELS_LAST}
 # Both precisions; where there is no card to decide, one each with the code for A100s and for H100s.
 PRECISIONS = [(torch.float16, CAPABILITIES[0]), (torch.bfloat16, CAPABILITIES[-1])]
 
@@ -72,12 +76,26 @@ def interpreted_bfloat16(monkeypatch):
 
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the kernels run in this very process")
-def test_kernels_in_the_interpreter():
+def test_kernels_in_the_interpreter(tmp_path):
+    """With guarded memory: a kernel that reads beyond a tensor, which a card may forgive or not, crashes."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    environment = os.environ | guard_memory(tmp_path) | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     print(done.stdout[-6000:], done.stderr[-2000:])
     assert done.returncode == 0
     assert " passed" in done.stdout
+
+
+@pytest.mark.skipif(INTERPRETED, reason="memory is guarded already")
+@pytest.mark.parametrize(("end", "inside", "beyond"), [("high", 63, 64), ("low", 0, -1)])
+def test_one_byte_beyond_guarded_memory_crashes(end, inside, beyond, tmp_path):
+    environment = guard_memory(tmp_path, end)
+    if not environment:
+        pytest.skip("memory is guarded on Linux, with a C compiler")
+    code = "import ctypes, torch; x = torch.ones(16)"  # 64 bytes
+    code += "".join(f"; print(ctypes.string_at(x.data_ptr() + {place}, 1), flush=True)" for place in (inside, beyond))
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
+    assert len(done.stdout.splitlines()) == 1 and done.returncode == -signal.SIGSEGV
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -112,7 +130,7 @@ def assert_as_good_as_pytorch(compute, dtype: torch.dtype, backend, has_left: bo
     twice that of PyTorch in the same precision."""
     exact = plain(compute(unet_reference.ReferenceBlocks(torch.float64)))
     reference = plain(compute(unet_reference.ReferenceBlocks(dtype)))
-    result = plain(compute(backend), isinstance(backend, WinogradBlocks) and not has_left)
+    result = plain(compute(backend), isinstance(backend, ChannelsLastBlocks) and not has_left)
     floor = torch.finfo(dtype).eps / 2 * exact.abs().max()
     assert result.shape == exact.shape
     assert (result - exact).abs().max() <= 2 * torch.maximum((reference - exact).abs().max(), floor)
@@ -126,12 +144,12 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
 def with_backends(shapes: list[tuple]) -> list[tuple[tuple, str]]:
     """Each shape, whose last number is that of taps, with each backend that is made for it: Winograd's is for five.
 
-    Each of its output programs has one sample, and the interpreter takes 40 ms for one: there two samples are enough.
+    Where a program has one sample, and the interpreter takes 40 ms for one, two samples are enough.
     """
     fitting = [(shape, backend) for shape in shapes for backend in BACKENDS if backend != "triton-c" or shape[-1] == 5]
     if not INTERPRETED:
         return fitting
-    return [((min(shape[0], 2), *shape[1:]) if backend == "triton-c" else shape, backend) for shape, backend in fitting]
+    return [((min(shape[0], 2), *shape[1:]) if backend in CHANNELS_LAST else shape, backend) for shape, backend in fitting]
 
 
 # B, L, channels of x, of skip (0: none), C_out, taps
@@ -261,9 +279,9 @@ def test_twice_is_the_same_and_nothing_is_nothing(backend):
         y = blocks.residual_block(blocks.enter(x), None, packed, time_bias)
         return y if isinstance(y, Tensor) else y.rows
 
-    x = draw(2 if INTERPRETED and backend == "triton-c" else 7, 25, 64)
+    x = draw(2 if INTERPRETED and backend in CHANNELS_LAST else 7, 25, 64)
     assert torch.equal(run(x), run(x))
-    assert run(x[:0]).shape == ((0, 25, 128) if backend == "triton-c" else (2, 128))  # one gap
+    assert run(x[:0]).shape == ((0, 25, 128) if backend in CHANNELS_LAST else (2, 128))  # one gap
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
