@@ -25,37 +25,44 @@ from dydiff.agents.diffusion_actor import DiffusionActor
 from dydiff.agents.diffusion_ql import DiffusionQL, DiffusionQLNoise
 from dydiff.agents.td3_bc import TD3BC
 from dydiff.backends import prepare_denoiser
-from dydiff.capture import CapturedGraph, compile_function, trace_gradients, warm_up
+from dydiff.capture import CapturedGraph, warm_up
 from dydiff.data import Limits, Spaces, Transitions, Windows, ZScore, make_transitions
+from dydiff.device import fast_float32, sum_in_float32
 from dydiff.diffusion.edm import edm_loss
 from dydiff.diffusion.sampler import sample_edm
 from dydiff.filters import hardmax_mask, softmax_probability
 from dydiff.networks.policy import TanhGaussianPolicy
+from dydiff.replay import ReplayBuffer
 from dydiff.reward import RewardModel
 from dydiff.rollout import RolloutEngine, Trajectory, make_synthetic_transitions
 from dydiff.terminal import terminal_function
+from dydiff.updates import Updates
 
 Pair = tuple[Tensor, Tensor]  # ours, expected
 
 
-def make_update(agent: TD3BC | DiffusionQL, mode: str) -> Callable[[Transitions, tuple], dict[str, Tensor]]:
-    """`agent.update` in a mode of dydiff.updates."""
+def make_update(agent: TD3BC | DiffusionQL, batch: Transitions, mode: str) -> Callable[[Transitions, tuple], dict[str, Tensor]]:
+    """`agent.update` in a mode of dydiff.updates, for batches like this one."""
     if mode == "eager":
         return agent.update
+    buffer = ReplayBuffer.from_transitions(batch, len(batch.reward))
+    updates = Updates(agent, buffer, buffer, buffer.size, 1.0, torch.Generator(agent.device), mode, 0)
+
+    def apply_update(batch: Transitions, noise: tuple) -> dict[str, Tensor]:
+        rows = torch.cat([field.view(buffer.size, -1) for field in batch], dim=1)
+        with fast_float32(), sum_in_float32():
+            sums, _ = updates._apply((agent.variant(),), [(rows, noise)])
+        return sums
 
     def replay_captured(*arguments) -> dict[str, Tensor]:
-        work = partial(agent.apply_update, *arguments)
+        work = partial(apply_update, *arguments)
         before = copy.deepcopy(agent.state_dict())
         warm_up(work, agent.device)
         agent.load_state_dict(before)
         return CapturedGraph(work, agent.device, torch.Generator(agent.device)).replay()
 
-    if mode == "compiled":
-        trace_gradients()
-    apply_update = compile_function(agent.apply_update) if mode == "compiled" else replay_captured
-
     def update(batch: Transitions, noise: tuple) -> dict[str, Tensor]:
-        log = apply_update(batch, noise, agent.variant())
+        log = (replay_captured if mode == "graph" else apply_update)(batch, noise)
         agent.step += 1
         return log
 
@@ -154,7 +161,7 @@ def run_td3bc(case: Case, mode: str) -> dict[str, Pair]:
     for policy in (agent.policy, agent.target_policy):
         policy.network.load_state_dict(case.under("w0/policy/"))
     load_critics(agent, case)
-    update, losses = make_update(agent, mode), []
+    update, losses = make_update(agent, read_batch(case, 0), mode), []
     for step in range(meta["steps"]):
         batch = read_batch(case, step)
         noise = agent.draw_noise(len(batch.reward), torch.Generator().manual_seed(step))
@@ -194,7 +201,7 @@ def run_diffql(case: Case, mode: str) -> dict[str, Pair]:
     numerator = torch.tensor([int(meta["numerator"] == "qf2")], device=case.device)
     noise = DiffusionQLNoise(case["next_x_T"], case["next_noise"], case["t"], case["eps"], numerator)
     critic_losses = agent.critic_loss(batch, noise)[0].detach()
-    log = make_update(agent, mode)(batch, noise)
+    log = make_update(agent, batch, mode)(batch, noise)
     losses = torch.stack([*critic_losses, log["cloning_loss"], log["policy_loss"]])
     pairs = {"losses": (losses, case["losses"])} | compare_critics(agent, case)
     for prefix, actor in (("policy/", agent.actor), ("ema/", agent.ema_actor)):

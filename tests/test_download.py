@@ -273,6 +273,7 @@ def test_ctrl_c_says_what_is_kept(server, tmp_path):
     while not (part.is_file() and part.stat().st_size == 3000):
         time.sleep(0.01)
         assert child.is_alive()
+    time.sleep(0.5)  # until it waits for more: Python would see a signal that comes on the way there after the wait alone
     os.kill(child.pid, signal.SIGINT)
     child.join(20)
     last = (tmp_path / "output").read_text().splitlines()[-1]

@@ -173,8 +173,14 @@ def weights(updates: Updates) -> torch.Tensor:
     return torch.cat([weight.detach().flatten() for network in networks for weight in network.parameters()])
 
 
-@pytest.mark.parametrize("mode", ["eager", *FAST_MODES])
-@pytest.mark.parametrize("name", AGENTS)
+def with_one_compiled() -> list:
+    """Every agent in every mode; but compiling takes half a minute each, so two of them are left to long runs."""
+    cases = [(name, mode) for name in AGENTS for mode in ["eager", *FAST_MODES]]
+    marks = [[pytest.mark.long] if mode == "compiled" and name != "diffusion_ql" else [] for name, mode in cases]
+    return [pytest.param(*case, marks=each) for case, each in zip(cases, marks, strict=True)]
+
+
+@pytest.mark.parametrize(("name", "mode"), with_one_compiled())
 def test_bf16_updates_are_those_of_float32_but_for_rounding(name, mode):
     ours, exact = make_updates(name, mode, precision="bf16"), make_updates(name, "eager")
     before = weights(exact)
