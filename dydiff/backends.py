@@ -130,7 +130,6 @@ def choose_backend(denoiser: Denoiser, device: torch.device, batch: int = LARGES
     if device.type == "cuda" and isinstance(network, UNet):
         verdicts, key = _verdicts.setdefault(denoiser, {}), (device, min(batch, LARGEST_TRIAL))
         if key not in verdicts:
-            say(f"Trying the fused kernels on {device}: their first compilation takes a minute or two.")
             verdicts[key] = _race_backends(denoiser, *key, plain)
         return verdicts[key]
     return plain
@@ -151,6 +150,7 @@ def _race_backends(denoiser: Denoiser, device: torch.device, batch: int, plain: 
     faults = []
     for backend in ON_GPU:
         fault = ""
+        say(f"Trying rollout backend {backend} on {device}: compiling its kernels for the first time may take a minute.")
         try:
             evaluate = prepare_denoiser(denoiser, backend).evaluate
             if not (fault := find_fault(evaluate, denoiser.evaluate, shape, device)):
@@ -159,14 +159,14 @@ def _race_backends(denoiser: Denoiser, device: torch.device, batch: int, plain: 
             fault = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             _insist_on_usable(device, backend, fault, min(seconds, key=seconds.get))
         if fault:
-            faults.append(f"{backend} cannot be used here: {fault}")
+            faults.append(f" {backend} cannot be used here: {fault}.")
     fastest = min(seconds, key=seconds.get)
     times = ", ".join(f"{name} {1e3 * each:.2f} ms" for name, each in seconds.items())
+    message = "".join([f"An evaluation of {batch} starts took {times}.", *faults])
     if fastest == plain:
-        message = f"Rollouts are computed in float32. An evaluation of {batch} starts took {times}."
-        warnings.warn(" ".join([message, *(f"{fault}." for fault in faults)]), RuntimeWarning, stacklevel=2)
+        warnings.warn(f"Rollouts are computed in float32. {message}", RuntimeWarning, stacklevel=2)
     else:
-        say(f"Rollouts take {fastest}: an evaluation of {batch} starts took {times}.")
+        say(f"Rollouts take {fastest}. {message}")
     return fastest
 
 

@@ -44,20 +44,21 @@ def list_parts(out: Path, cases: Path, wheels: Path | None) -> list[Part]:
     python = sys.executable
     install = [python, "-m", "pip", "install", "--no-build-isolation", "-e", "."]
     install += ["--no-deps"] if wheels is None else ["--no-index", "--find-links", str(wheels), "hypothesis"]
-    names = ("race", "roofline", "epoch", "updates", "pretrain")
-    race, roofline, epoch, updates, pretrain = (str(out / f"{name}.jsonl") for name in names)
+    names = ("race", "race-triton", "roofline", "epoch", "updates", "pretrain")
+    race, race_triton, roofline, epoch, updates, pretrain = (str(out / f"{name}.jsonl") for name in names)
     picture = f"--plot={out / 'roofline.png'}"
     side_by_side = ["-n", "12", "--dist=worksteal"] if find_spec("xdist") else []  # compiling kernels is what takes time
     loaded = "import sys; from dydiff.kernels.edm import why_unavailable; sys.exit(why_unavailable('cuda') or 0)"
-    variants = "--variants=published,stock,extension,cudnn,triton-a,triton-b,triton-c,fast"
-    fast = ["--quick", "--no-memory", "--batch=64,2048", "--cases=evaluation,rollout", variants]
+    rollouts = [python, "benchmarks/rollout_speed.py", "--quick", "--no-memory", "--batch=64,2048", "--cases=evaluation,rollout"]
+    plain, ours = "--variants=published,stock,extension,cudnn,fast", "--variants=published,triton-a,triton-b,triton-c,fast"
     parts = [
         Part("build", install, 120),
         Part("cuda unit", [python, "-c", loaded], 30),
         Part("compile", [python, __file__, "--compile"], 120),
         Part("conformance", [python, "tests/conformance.py", str(cases), "--backend", "all", "--device", "cuda"], 90),
         Part("tests", [python, "-m", "pytest", "-q", *side_by_side, *DEVICE_TESTS], 150),
-        Part("race", [python, "benchmarks/rollout_speed.py", *fast, "--json", race], 200, race),
+        Part("race", [*rollouts, plain, "--json", race], 120, race),  # apart: a kernel may leave the GPU unusable to its process
+        Part("race of triton", [*rollouts, ours, "--json", race_triton], 120, race_triton),
         Part("updates", [python, "benchmarks/updates_speed.py", "--quick", UPDATES, "--json", updates], 60, updates),
         Part("pretrain", [python, "benchmarks/pretrain_speed.py", "--quick", "--json", pretrain], 60, pretrain),
         Part("epoch", [python, "benchmarks/epoch_speed.py", "--quick", "--starts=2048", "--json", epoch], 120, epoch),

@@ -121,7 +121,10 @@ def test_the_fastest_of_those_that_are_right(monkeypatch, capsys, ways, times, c
     changes, seconds = dict(zip(ON_GPU, ways, strict=True)), dict(zip(ON_GPU, times, strict=True))
     candidates = Candidates(monkeypatch, changes, seconds | {"reference": 3})
     assert candidates.choose() == chosen
-    assert f"Rollouts take {chosen}" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"Rollouts take {chosen}. An evaluation of 4 starts took reference 3000.00 ms, " in told
+    for name, way in changes.items():
+        assert (f"{name} cannot be used here: " in told) == (way is not same)
 
 
 def test_float32_where_nothing_is_better_with_the_reasons(monkeypatch):
