@@ -21,7 +21,9 @@ class NoHostReads(TorchDispatchMode):
     """Raises on every operation whose result, on a GPU, the host would have to wait for."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket in READS:
+        # Up to PyTorch 2.11 quantile checks its fraction so, on a CPU alone.
+        on_cpu_alone = function.overloadpacket is aten.equal and args[0].dim() == 0
+        if function.overloadpacket in READS and not on_cpu_alone:
             raise AssertionError(f"{function} waits for the device")
         indices = args[1] if function.overloadpacket in (aten.index, aten.index_put_) else ()
         if any(index is not None and index.dtype == torch.bool for index in indices):
