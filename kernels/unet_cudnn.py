@@ -7,7 +7,7 @@ deviations, in float32. It reads and writes in place, 4 bytes an element and 2 f
 (bias, GroupNorm, Mish, additions) read and write five times. A concatenation is copied, once a block.
 
 This is the plainest of the backends in 16 bit, for convolutions of any length: what PyTorch's strongest arrangement computes, with
-the passes between its convolutions fused. Groups of more than 32768 channels times positions (a power of two each) do not fit the
+the passes between its convolutions fused. Groups of more than 16384 channels times positions (a power of two each) do not fit the
 registers: right, but slow. Unmeasured on a card so far.
 """
 
