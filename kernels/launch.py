@@ -52,7 +52,7 @@ TILES = {
     },
     "sm_80": {
         "conv": [Tile(128, 128, 32, 8, 4), Tile(128, 64, 32, 4, 4), Tile(64, 64, 64, 4, 4), Tile(64, 32, 64, 4, 5)],
-        "block": [Tile(128, 128, 32, 8, 4), Tile(256, 64, 32, 8, 4), Tile(64, 128, 32, 4, 4), Tile(64, 32, 64, 4, 5)],
+        "block": [Tile(128, 128, 32, 8, 4), Tile(256, 64, 32, 8, 4), Tile(64, 128, 32, 8, 4), Tile(64, 32, 64, 4, 5)],
     },
 }
 TWO_PASS = "two-pass"  # in the table, for a block that is faster as a convolution and a pass for the normalisation

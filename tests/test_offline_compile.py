@@ -62,9 +62,9 @@ def compile_launch():
         options = {"num_warps": recorded.warps, "num_stages": recorded.stages}
         return recorded.kernel.warmup(grid=recorded.grid, **recorded.arguments, **options)
 
-    active = triton.runtime.driver._active
+    before = dict(vars(triton.runtime.driver))
     yield compile_for
-    triton.runtime.driver.set_active(active)
+    vars(triton.runtime.driver).update(before)
 
 
 def record(
