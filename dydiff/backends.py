@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -98,10 +99,14 @@ def _make_gpu_blocks(denoiser: Denoiser, backend: str, device: torch.device) -> 
         raise DydiffError(reason)
     if not isinstance(denoiser.network, UNet):
         raise NotForNetwork(f"Rollout backend '{backend}' is for UNet_RL; use 'auto'.")
-    if backend in ("cudnn", "triton-c"):
-        return (CudnnBlocks if backend == "cudnn" else TritonWinogradBlocks)(torch.float16)
-    make = unet_triton.FusedBlocks if backend == "triton-a" else unet_triton.TwoPassBlocks
-    return make(torch.float16, kernel_size=denoiser.network.kernel_size)
+    taps = denoiser.network.kernel_size
+    make = {
+        "cudnn": CudnnBlocks,
+        "triton-a": partial(unet_triton.FusedBlocks, kernel_size=taps),
+        "triton-b": partial(unet_triton.TwoPassBlocks, kernel_size=taps),
+        "triton-c": TritonWinogradBlocks,
+    }
+    return make[backend](torch.float16)
 
 
 def is_available(backend: str, device: torch.device | str = "cpu") -> bool:

@@ -17,6 +17,8 @@ import torch
 from guarded import guard_memory
 from torch import Tensor, nn
 
+from dydiff.backends import ON_GPU, prepare_denoiser
+from dydiff.diffusion.edm import Denoiser
 from dydiff.errors import DydiffError
 from dydiff.kernels import unet_reference
 from dydiff.networks.fused_unet import FusedUNet
@@ -276,6 +278,15 @@ def test_whole_network(shape, backend):
         return (y - exact).abs().max()
 
     assert error(BACKENDS[backend](dtype, taps, capability)) <= 2 * error(unet_reference.ReferenceBlocks(dtype))
+
+
+@on_kernels
+def test_backends_by_name():
+    classes = CudnnBlocks, unet_triton.FusedBlocks, unet_triton.TwoPassBlocks, TritonWinogradBlocks
+    denoiser = Denoiser(UNet(3, 8, 8, (1, 2), kernel_size=5), 2).to(DEVICE)
+    for backend, kind in zip(ON_GPU, classes, strict=True):
+        blocks = prepare_denoiser(denoiser, backend).unet.blocks
+        assert type(blocks) is kind and blocks.dtype == torch.float16
 
 
 @on_kernels
