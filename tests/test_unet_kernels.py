@@ -319,6 +319,24 @@ def test_evaluation_can_be_captured(backend):
     assert torch.equal(captured, fused(x, table)) and not torch.equal(captured, eager)
 
 
+@pytest.mark.parametrize("before", [(False, True), (True, False)])
+def test_cudnn_repeats_itself_and_leaves_no_trace(before, monkeypatch):
+    """Whatever the user has set: algorithms that repeat themselves, chosen without a race."""
+    settings, seen, convolve = torch.backends.cudnn, [], torch.nn.functional.conv2d
+    for name, value in zip(("deterministic", "benchmark"), before, strict=True):
+        monkeypatch.setattr(settings, name, value)
+
+    def watched(*arguments, **options):
+        seen.append((settings.deterministic, settings.benchmark))
+        return convolve(*arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", watched)
+    blocks = CudnnBlocks(torch.bfloat16, execute=lambda launch: None)
+    packed = blocks.pack(ResidualBlock(8, 16, 8, 5).state_dict())
+    blocks.residual_block(blocks.enter(torch.randn(2, 7, 8)), None, packed, torch.zeros(16))
+    assert seen == [(True, False)] * 2 and (settings.deterministic, settings.benchmark) == before
+
+
 def test_packed_weights_are_a_copy():
     block = ResidualBlock(8, 16, 8, 5)
     packed = unet_triton.TwoPassBlocks().pack(block.half().state_dict())
