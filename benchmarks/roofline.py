@@ -30,7 +30,7 @@ from harness import (
 from machine import describe_machine
 from torch import nn
 
-from dydiff.backends import ON_GPU, prepare_denoiser
+from dydiff.backends import ON_GPU, apply_backend
 from dydiff.device import find_device, has_fast_bf16
 from dydiff.diffusion.edm import Denoiser
 from dydiff.errors import DydiffError
@@ -120,7 +120,7 @@ def measure_blocks(variant: str, unet: UNet, batch: int, horizon: int, device: s
     """
     costs = count_costs(unet, batch, horizon, getattr(torch, DTYPES[variant]).itemsize)
     plain = ReferenceBlocks()
-    blocks = plain if variant == "reference" else prepare_denoiser(Denoiser(unet, OBSERVATION_DIM), variant).unet.blocks
+    blocks = plain if variant == "reference" else apply_backend(Denoiser(unet, OBSERVATION_DIM), variant).unet.blocks
     timed = TimedBlocks(blocks, costs)
     network = FusedUNet(unet, timed)
     biases = network.time_table(torch.zeros(1, device=device))[0]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dydiff import rollout
-from dydiff.backends import prepare_denoiser
+from dydiff.backend_choice import prepare_denoiser
 from dydiff.data import Spaces
 from dydiff.data.windows import find_windows
 from dydiff.deviation import TRUE_STATES, Comparison

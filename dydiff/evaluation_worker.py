@@ -1,30 +1,24 @@
 """Evaluation of frozen copies of a policy, in this process or in a worker that evaluates while training goes on.
 
-Both give the same numbers: the copy, its seeds and the number of threads are the same. Messages between the processes are
-tensors and plain values only.
+Both give the same numbers: the copy, its seeds and the number of threads are the same.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import queue
-import signal
-import subprocess
-import sys
 import threading
 import time
-import weakref
 from collections.abc import Iterator
 from functools import partial
-from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
 from dydiff.agents import AGENTS
+from dydiff.child import Child, ChildEnded, connect_to_parent, decode, encode
 from dydiff.data import Spaces
 from dydiff.device import fast_float32
 from dydiff.environments import EnvironmentSpec
@@ -90,16 +84,6 @@ class PolicyEvaluator:
         return PolicyScore(*figures, time.perf_counter() - began)
 
 
-def module_command(module: str) -> list[str]:
-    """What starts a module of dydiff as a program of its own, found where this process finds it.
-
-    `python -m` would look in the working folder first, where a clone of the repository, which has the package's name, hides it.
-    """
-    path = list(map(str, sys.path))
-    code = f"import sys; sys.path[:] = {path!r}; import runpy; runpy.run_module({module!r}, run_name='__main__')"
-    return [sys.executable, "-c", code]
-
-
 class EvaluationWorker:
     """The same in a process of its own: `submit` returns at once, `take` waits for the result.
 
@@ -110,12 +94,8 @@ class EvaluationWorker:
         self._environment = description["spec"]["name"]
         self._seeds: list[int] = []  # of all evaluations; the place of one is its ticket
         self._answers: list[dict[str, Any] | None] = []  # to the first of them; None once taken
-        self._connection, theirs = Pipe()
-        command = [*module_command("dydiff.evaluation_worker"), str(theirs.fileno())]
-        # A session of its own: an interrupt from the terminal is for the training process alone, which then ends this one.
-        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True)
-        theirs.close()
-        self.close = weakref.finalize(self, _end, self._connection, self._process)
+        self._child = Child("dydiff.evaluation_worker")
+        self.close = self._child.close
         self._send(description)
 
     def submit(self, state: dict[str, Any], seed: int) -> int:
@@ -126,7 +106,7 @@ class EvaluationWorker:
 
     def ready(self, ticket: int) -> bool:
         """Whether `take` would return at once."""
-        while len(self._answers) <= ticket and self._connection.poll():
+        while len(self._answers) <= ticket and self._child.has_message():
             self._receive()
         return len(self._answers) > ticket
 
@@ -145,24 +125,21 @@ class EvaluationWorker:
 
     def _receive(self) -> None:
         try:
-            self._answers.append(_decode(self._connection.recv_bytes()))
-        except (EOFError, OSError) as error:
-            raise self._death() from error
+            self._answers.append(self._child.receive())
+        except ChildEnded as end:
+            raise self._explain(end) from end
 
     def _send(self, message: dict[str, Any]) -> None:
         try:
-            self._connection.send_bytes(_encode(message))
-        except OSError as error:
-            raise self._death() from error
+            self._child.send(message)
+        except ChildEnded as end:
+            raise self._explain(end) from end
 
-    def _death(self) -> DydiffError:
-        self._connection.close()
-        code = self._process.wait()
-        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
+    def _explain(self, end: ChildEnded) -> DydiffError:
         under_way = self._seeds[len(self._answers) :]
         seed = f" with seed {under_way[0]}" if under_way else ""
         return DydiffError(
-            f"The process that evaluates {self._environment}{seed} ended {how} (what it printed stands above). "
+            f"The process that evaluates {self._environment}{seed} ended {end} (what it printed stands above). "
             "Continue with --resume, or set rl_trainer_params.evaluation_worker to false to evaluate in the training process."
         )
 
@@ -174,7 +151,7 @@ def work(connection: Connection) -> None:
     messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     threading.Thread(target=_collect, args=(connection, messages), daemon=True).start()
     while (data := messages.get()) is not None:
-        message = _decode(data)
+        message = decode(data)
         try:
             if evaluator is None:
                 environment = message["spec"]["name"]
@@ -187,7 +164,7 @@ def work(connection: Connection) -> None:
         except Exception as error:
             answer = {"error": f"Evaluating {environment} with seed {seed} failed: {type(error).__name__}: {error}"}
         try:
-            connection.send_bytes(_encode(answer))
+            connection.send_bytes(encode(answer))
         except OSError:  # nobody waits for it any more
             return
 
@@ -209,22 +186,6 @@ def freeze(state: Any) -> Any:
     return state.detach().to("cpu", copy=True) if isinstance(state, torch.Tensor) else state
 
 
-def _encode(message: dict[str, Any]) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(message, buffer)
-    return buffer.getvalue()
-
-
-def _decode(data: bytes) -> dict[str, Any]:
-    return torch.load(io.BytesIO(data), weights_only=True)
-
-
-def _end(connection: Connection, process: subprocess.Popen) -> None:
-    connection.close()
-    process.terminate()
-    process.wait()
-
-
 @contextlib.contextmanager
 def _threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
@@ -236,4 +197,4 @@ def _threads(count: int) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    work(Connection(int(sys.argv[1])))
+    work(connect_to_parent())

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from dydiff.arguments import as_rows, check_count, describe
-from dydiff.backends import SamplingDenoiser, prepare_denoiser
+from dydiff.backend_choice import prepare_denoiser
+from dydiff.backends import SamplingDenoiser
 from dydiff.capture import GraphedFunction, make_pool
 from dydiff.data import Spaces, Transitions
 from dydiff.diffusion.edm import Denoiser

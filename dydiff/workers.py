@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dydiff.child import module_command
 from dydiff.config import Constants, from_mapping, show
 from dydiff.device import find_device
 from dydiff.drive import Interrupted, Interrupts
 from dydiff.errors import DydiffError
-from dydiff.evaluation_worker import module_command
 from dydiff.experiment import Experiment, Variant, flatten, load_experiment
 from dydiff.progress import Progress, say
 from dydiff.runs import find_run_of, list_settings, new_folder, read_run, removed_if_empty

@@ -23,7 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
-DEVICE_TESTED = ("edm_step", "philox", "unet_kernels", "trial", "rollout_capture", "memory", "updates", "training_precision")
+DEVICE_TESTED = "edm_step philox unet_kernels backend_choice rollout_capture memory updates training_precision".split()
 DEVICE_TESTS = [f"tests/test_{name}.py" for name in DEVICE_TESTED]
 UPDATES = "--variants=published,stock,eager,graph,bf16"
 KEPT_OUTPUT = 4000  # characters of a part's output that the report keeps

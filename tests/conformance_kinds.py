@@ -24,7 +24,7 @@ from torch import Tensor
 from dydiff.agents.diffusion_actor import DiffusionActor
 from dydiff.agents.diffusion_ql import DiffusionQL, DiffusionQLNoise
 from dydiff.agents.td3_bc import TD3BC
-from dydiff.backends import prepare_denoiser
+from dydiff.backend_choice import prepare_denoiser
 from dydiff.capture import CapturedGraph, warm_up
 from dydiff.data import Limits, Spaces, Transitions, Windows, ZScore, make_transitions
 from dydiff.device import fast_float32, sum_in_float32

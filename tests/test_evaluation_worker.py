@@ -69,8 +69,8 @@ def test_failures_name_environment_and_seed():
         worker.take(first)
     worker.submit(state, seed=9)
     after = worker.submit(state, seed=9)
-    os.kill(worker._process.pid, signal.SIGKILL)
-    worker._process.wait()
+    os.kill(worker._child.process.pid, signal.SIGKILL)
+    worker._child.process.wait()
     with pytest.raises(DydiffError, match="hopper with seed 9 ended by SIGKILL.*evaluation_worker"):
         worker.take(after)
     with pytest.raises(DydiffError, match="hopper.*SIGKILL"):

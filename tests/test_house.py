@@ -95,11 +95,13 @@ MAY_IMPORT = {
     "dydiff.filters": FOUNDATION,
     "dydiff.replay": [*FOUNDATION, "dydiff.data"],
     "dydiff.capture": FOUNDATION,
+    "dydiff.child": [],
     "dydiff.trial": ["dydiff.capture"],
 }
 # From the bottom up: a module here may import any part above it in this list, and everything in MAY_IMPORT.
 STOREYS = [
     "dydiff.backends",
+    "dydiff.backend_choice",
     "dydiff.rollout",
     "dydiff.models",
     "dydiff.importing",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dydiff import backends
-from dydiff.backends import choose_backend, prepare_denoiser
+from dydiff.backend_choice import choose_backend, prepare_denoiser
 from dydiff.diffusion.edm import Denoiser
 from dydiff.errors import DydiffError
 from dydiff.kernels import edm, matrix_cpu, native

@@ -17,7 +17,7 @@ import torch
 from guarded import guard_memory
 from torch import Tensor, nn
 
-from dydiff.backends import ON_GPU, prepare_denoiser
+from dydiff.backends import ON_GPU, apply_backend
 from dydiff.diffusion.edm import Denoiser
 from dydiff.errors import DydiffError
 from dydiff.kernels import unet_reference
@@ -285,7 +285,7 @@ def test_backends_by_name():
     classes = CudnnBlocks, unet_triton.FusedBlocks, unet_triton.TwoPassBlocks, TritonWinogradBlocks
     denoiser = Denoiser(UNet(3, 8, 8, (1, 2), kernel_size=5), 2).to(DEVICE)
     for backend, kind in zip(ON_GPU, classes, strict=True):
-        blocks = prepare_denoiser(denoiser, backend).unet.blocks
+        blocks = apply_backend(denoiser, backend).unet.blocks
         assert type(blocks) is kind and blocks.dtype == torch.float16
 
 

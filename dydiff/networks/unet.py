@@ -75,6 +75,7 @@ class UNet(nn.Module):
         self.data_dim = data_dim
         self.horizon = horizon
         self.kernel_size = kernel_size
+        self.sizes = {"data_dim": data_dim, "horizon": horizon, "dim": dim, "dim_mults": [*dim_mults], "kernel_size": kernel_size}
         self.embed = NoiseEmbedding(dim)
         widths = [dim * mult for mult in dim_mults]
         # Elements of the smallest normalisation group; a level also ends at the width of the one above it.
