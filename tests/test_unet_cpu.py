@@ -5,8 +5,9 @@ import sys
 import pytest
 import torch
 
-from dydiff import backends
+from dydiff import backend_choice
 from dydiff.backend_choice import choose_backend, prepare_denoiser
+from dydiff.backends import ON_CPU
 from dydiff.diffusion.edm import Denoiser
 from dydiff.errors import DydiffError
 from dydiff.kernels import edm, matrix_cpu, native
@@ -151,14 +152,14 @@ def test_the_extension_joins_the_threads_of_pytorch():
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_auto_takes_bf16_where_it_is_fast_and_norms_go_over_many_elements(fast, monkeypatch):
-    monkeypatch.setattr(backends, "has_fast_bf16", lambda device: fast)
+    monkeypatch.setattr(backend_choice, "has_fast_bf16", lambda device: fast)
     small, enough = (Denoiser(UNet(3, horizon, 8, (1, 2, 4)), 2) for horizon in (32, 64))
     assert (small.network.smallest_group, enough.network.smallest_group) == (16, 32)
     assert choose_backend(small, torch.device("cpu")) == "winograd"
     assert choose_backend(enough, torch.device("cpu")) == ("bf16" if fast else "winograd")
 
 
-@pytest.mark.parametrize("backend", backends.ON_CPU)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_other_kernel_sizes_are_refused_with_a_remedy_and_auto_avoids_them(backend):
     denoiser = Denoiser(UNet(3, 8, 8, (1, 2), kernel_size=3), 2)
     with pytest.raises(DydiffError, match="backend=extension"):
