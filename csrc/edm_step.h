@@ -127,8 +127,9 @@ void euler(const float* x_hat, const float* network, float* x, float* model_inpu
 void heun(const float* x_hat, const float* x, const float* network, float* x_new, uint32_t rows, HeunCoefficients c,
           Conditioning conditioning, std::uintptr_t stream);
 
-// Empty if kernels can run, else why not (no driver, a driver older than the runtime linked in, no device).
-const char* obstacle();
+// Empty if kernels can run, else why not on a device, -1 being the current one (no driver, a driver older than the
+// runtime linked in, no device, no code for this one).
+const char* obstacle(int device);
 }  // namespace cuda
 
 }  // namespace edm

@@ -94,11 +94,18 @@ void heun(const float* x_hat, const float* x, const float* network, float* x_new
     launch(heun_kernel, size, stream, x_hat, x, network, x_new, size, c, conditioning);
 }
 
-const char* obstacle() {
+const char* obstacle(int device) {
     int driver = 0;
     if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return "no NVIDIA driver";
-    int devices = 0;
-    const cudaError_t error = cudaGetDeviceCount(&devices);
+    int devices = 0, current = 0;
+    cudaError_t error = cudaGetDeviceCount(&devices);
+    if (error == cudaSuccess) error = cudaGetDevice(&current);
+    if (error == cudaSuccess && device >= 0) error = cudaSetDevice(device);
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+    cudaFuncAttributes attributes;  // there are none where the binary has no code for the card
+    error = cudaFuncGetAttributes(&attributes, churn_kernel);
+    cudaGetLastError();
+    cudaSetDevice(current);
     return error == cudaSuccess ? "" : cudaGetErrorString(error);
 }
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import warnings
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -47,7 +49,8 @@ else:
 
 def why_unavailable(device: torch.device | str = "cpu") -> str:
     """Why the extension cannot serve this device and how to build it; empty if it can."""
-    kind = torch.device(device).type
+    device = torch.device(device)
+    kind = device.type
     rebuild = "run `pip install -e .` in the repository with a C++ compiler on PATH" + (
         ", and nvcc on PATH or CUDA_HOME set" if kind == "cuda" else ""
     )
@@ -63,9 +66,15 @@ def why_unavailable(device: torch.device | str = "cpu") -> str:
             f"The compiled EDM step has no CUDA unit: {_read_build()[0] or 'it was built without nvcc'}. "
             f"Plain PyTorch takes its place. To build it, {rebuild}."
         )
-    if kind == "cuda" and (obstacle := extension.cuda.obstacle()):
-        return f"The compiled EDM step cannot use the GPU: {obstacle}. Plain PyTorch takes its place."
+    if kind == "cuda" and (obstacle := _ask_once(extension.cuda.obstacle, -1 if device.index is None else device.index)):
+        return f"The compiled EDM step cannot use {device}: {obstacle}. Plain PyTorch takes its place."
     return ""
+
+
+@cache
+def _ask_once(obstacle: Callable[[int], str], index: int) -> str:
+    """The answer takes calls that may be forbidden while a graph is captured, where a sampler asks for its backend, too."""
+    return obstacle(index)
 
 
 def join_threads() -> bool:

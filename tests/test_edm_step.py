@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -210,6 +211,20 @@ def test_missing_extension_explains_itself(monkeypatch):
     with pytest.raises(DydiffError, match="pip install -e"):
         edm.churn_step(x, x, 0.9, 1.2, 1.0, backend="extension")
     edm.churn_step(x, x, 0.9, 1.2, 1.0, backend="reference")
+
+
+def test_a_card_without_code_for_it_is_named_and_asked_once(monkeypatch):
+    asked = []
+
+    def obstacle(device: int) -> str:
+        asked.append(device)
+        return "no kernel image is available for execution on the device" if device == 1 else ""
+
+    monkeypatch.setattr(native, "extension", SimpleNamespace(cuda=SimpleNamespace(obstacle=obstacle)))
+    edm._warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="cannot use cuda:1: no kernel image .* Plain PyTorch takes its place"):
+        chosen = [edm.available_backend(card, torch.float32) for card in ("cuda", "cuda:0", "cuda:1", "cuda:1")]
+    assert chosen == ["extension", "extension", "reference", "reference"] and asked == [-1, 0, 1]
 
 
 def test_schedule_and_churn():

@@ -42,7 +42,7 @@ def cards(monkeypatch):
     """Two pretended cards, whose EDM step is the CPU's compiled one."""
     monkeypatch.setattr(capture, "_side_stream", functools.cache(capture._side_stream.__wrapped__))
     if native.extension is not None:
-        monkeypatch.setattr(native.extension, "cuda", SimpleNamespace(obstacle=lambda: ""), raising=False)
+        monkeypatch.setattr(native.extension, "cuda", SimpleNamespace(obstacle=lambda device: ""), raising=False)
     with pretend():
         yield
 
