@@ -17,6 +17,11 @@ from torch.utils._triton import has_triton  # `import torch` alone does not load
 
 from dydiff.errors import DydiffError
 
+POLICY_REMEDY = (
+    "A policy that is rolled out must not read its tensors on the host (.item(), .cpu(), if tensor:) and may draw from the "
+    "rollout's generator alone. Mend it, make the RolloutEngine with capture=False, or set DYDIFF_CAPTURE=0 in the environment."
+)
+
 
 def compile_function(function: Callable[..., Any], setting: str = "sampler_kwargs.backend") -> Callable[..., Any]:
     """Compile a function with Inductor at its first call; raises DydiffError then if the machine cannot compile.
@@ -87,6 +92,11 @@ def _without_collector() -> Iterator[None]:
             gc.enable()
 
 
+def captures(device: torch.device) -> bool:
+    """Whether what is computed on a device shall be captured: on a GPU, unless DYDIFF_CAPTURE=0 in the environment forbids it."""
+    return device.type == "cuda" and os.environ.get("DYDIFF_CAPTURE") != "0"
+
+
 def make_pool() -> tuple[int, int] | None:
     """A new memory pool for CUDA graphs; None where there is no GPU."""
     return torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
@@ -98,6 +108,10 @@ class CapturedGraph:
     The function must have run once before, outside of the capture (`warm_up`). What it returned then, and what tensors it reads
     and writes, keeps its place in memory: every replay overwrites `output`. Graphs of one `pool` share the memory of what they
     compute in between: none of them may run while another's output is still needed.
+
+    Raises:
+        DydiffError: the function cannot be captured; ends with `remedy`.
+        torch.OutOfMemoryError: the memory does not hold what it computes.
     """
 
     def __init__(
@@ -106,6 +120,7 @@ class CapturedGraph:
         device: torch.device,
         *generators: torch.Generator,
         pool: tuple[int, int] | None = None,
+        remedy: str = "Set DYDIFF_CAPTURE=0 in the environment: all runs without graphs then, only slower.",
     ):
         self._device = device
         with torch.cuda.device(device), _without_collector():  # a capture on another device than the current one records nothing
@@ -116,12 +131,14 @@ class CapturedGraph:
             try:
                 with torch.cuda.graph(self._graph, pool=pool, stream=_side_stream(torch.cuda.current_device())):
                     self.output = function()
-            except BaseException:
+            except BaseException as error:
                 # Up to 2.11 PyTorch leaves a failed capture's stream current and its pool open: no other would succeed after it.
                 torch.cuda.set_stream(stream)
                 with contextlib.suppress(RuntimeError):  # closed already
                     torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
-                raise
+                if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                raise DydiffError(f"A CUDA graph cannot be captured here ({str(error).splitlines()[0]}). {remedy}") from error
 
     def replay(self) -> Any:
         with torch.cuda.device(self._device):
@@ -165,22 +182,13 @@ class GraphedFunction:
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> tuple[CapturedGraph, list[Tensor]]:
         places = [tensor.clone() for tensor in inputs]
-        try:
-            function, device = partial(self._function, *places), self._generator.device
-            return CapturedGraph(function, device, self._generator, pool=self._pool), places
-        except torch.OutOfMemoryError:  # the policy is not to blame
-            raise
-        except RuntimeError as error:
-            raise DydiffError(
-                f"A CUDA graph cannot be captured here ({str(error).splitlines()[0]}). A policy that is rolled out must not read "
-                "its tensors on the host (.item(), .cpu(), if tensor:) and may draw from the rollout's generator alone. Mend it, "
-                "or make the RolloutEngine with capture=False."
-            ) from error
+        function, device = partial(self._function, *places), self._generator.device
+        return CapturedGraph(function, device, self._generator, pool=self._pool, remedy=POLICY_REMEDY), places
 
 
 def capture_if_gpu(function: Callable[..., tuple[Tensor, ...]], generator: torch.Generator) -> Callable[..., tuple[Tensor, ...]]:
-    """The function as CUDA graphs where its generator is a GPU's; elsewhere the function itself."""
-    return GraphedFunction(function, generator) if generator.device.type == "cuda" else function
+    """The function as CUDA graphs where its generator is a GPU's (and `captures`); elsewhere the function itself."""
+    return GraphedFunction(function, generator) if captures(generator.device) else function
 
 
 def warm_up(function: Callable[[], Any], device: torch.device) -> Any:

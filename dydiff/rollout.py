@@ -18,7 +18,7 @@ from torch import Tensor
 from dydiff.arguments import as_rows, check_count, describe
 from dydiff.backend_choice import prepare_denoiser
 from dydiff.backends import SamplingDenoiser
-from dydiff.capture import GraphedFunction, make_pool
+from dydiff.capture import GraphedFunction, captures, make_pool
 from dydiff.data import Spaces, Transitions
 from dydiff.diffusion.edm import Denoiser
 from dydiff.diffusion.fast_sampler import FastMode
@@ -156,7 +156,7 @@ class RolloutEngine:
         """`_roll_out_chunk` of start [B, O] alone; on a GPU as the CUDA graphs that belong to these arguments."""
         act = partial(policy.act, generator=generator) if hasattr(policy, "act") else policy
         function = partial(self._roll_out_chunk, act, generator, draw, iterations)
-        if not self.capture or draw is not None or generator.device.type != "cuda":
+        if not self.capture or draw is not None or not captures(generator.device):
             return function
         owner = (policy, generator, iterations, self.fast, *self.sampler.items())
         if owner not in self._captured:

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dydiff.capture import CapturedGraph, warm_up
+from dydiff.capture import CapturedGraph, captures, warm_up
 
 Evaluate = Callable[[Tensor, float], Tensor]  # model input [B, H, D], sigma -> the network's output [B, H, D]
 
@@ -50,9 +50,10 @@ def _make_input(shape: tuple[int, int, int], device: torch.device) -> Tensor:
 
 def _time_calls(call: Callable[[], Tensor], device: torch.device) -> float:
     """Seconds of some calls in a row; on a GPU replays of a graph, as in a rollout, whose launches cost nothing."""
-    if device.type == "cuda":
+    if captures(device):
         warm_up(call, device)
         call = CapturedGraph(call, device).replay
+    if device.type == "cuda":
         call()
         torch.cuda.synchronize(device)
     began = time.perf_counter()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dydiff.agents import Agent
 from dydiff.agents.stack import stack_agents
-from dydiff.capture import CapturedGraph, can_compile, compile_unchecked, trace_gradients, warm_up
+from dydiff.capture import CapturedGraph, can_compile, captures, compile_unchecked, trace_gradients, warm_up
 from dydiff.device import fast_float32, keep_freed_memory, multiply_in, sum_in_float32
 from dydiff.errors import DydiffError
 from dydiff.replay import ReplayBuffer, count_real, draw_mixed_rows, split_rows
@@ -40,8 +40,8 @@ class Updates:
 
     Modes: `eager`; `compiled`, few updates by Inductor; `graph`, on a GPU, several updates with their draws as one CUDA graph.
     The fast ones make one function or graph per pattern of what the agent's step counter decides. All consume the same random
-    numbers and differ in rounding only. `auto` is `graph` on a GPU and `compiled` on a CPU that has a compiler, if the run's
-    `num_updates` pay for it.
+    numbers and differ in rounding only. `auto` is `graph` on a GPU (`captures`) and `compiled` on a CPU that has a compiler, if the
+    run's `num_updates` pay for it; else `eager`.
 
     `precision` is that of the matrix products: `float32`, or `bf16` with sums, values, losses, weights and Adam in float32.
 
@@ -176,7 +176,7 @@ def choose_mode(mode: str, device: torch.device, num_updates: int) -> str:
         raise DydiffError(f"Unknown rl_trainer_params.update_mode '{mode}': choose from {', '.join(MODES)}.")
     if mode == "auto":
         if device.type == "cuda":
-            return "graph"
+            return "graph" if captures(device) else "eager"
         pays = num_updates >= WORTH_COMPILING and can_compile(device) and trace_gradients()
         return "compiled" if pays else "eager"
     if mode == "graph" and device.type != "cuda":

@@ -25,12 +25,13 @@ from dydiff.agents import AGENTS
 from dydiff.capture import CapturedGraph, capture_if_gpu, warm_up
 from dydiff.data import Transitions
 from dydiff.diffusion.fast_sampler import FastMode
+from dydiff.errors import DydiffError
 from dydiff.kernels import native
 from dydiff.models import load_policy
 from dydiff.replay import ReplayBuffer
 from dydiff.reward import RewardModel
 from dydiff.rollout import make_synthetic_transitions
-from dydiff.updates import Updates
+from dydiff.updates import Updates, choose_mode
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real one")
 TESTS = Path(__file__).parent
@@ -87,9 +88,9 @@ def test_graphs_replay_what_they_hold_and_notice_what_they_lost(cards):
     with pytest.raises(AssertionError, match="let go"):
         graph.replay()
     for forbidden in (weight.sum().item, weight.cpu, weight.nonzero, lambda: torch.tensor(1.0, device=device)):
-        with pytest.raises(RuntimeError, match="capturing"):
+        with pytest.raises(DydiffError, match="capturing.*DYDIFF_CAPTURE=0"):
             CapturedGraph(forbidden, device)
-    with pytest.raises(RuntimeError, match="not in capture mode"):
+    with pytest.raises(DydiffError, match="not in capture mode"):
         CapturedGraph(count, device)
     elsewhere = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream("cuda:0"))
     with pytest.raises(RuntimeError, match="not in the capture"), elsewhere:
@@ -188,6 +189,22 @@ def test_captured_training_of_the_diffusion_model(cards, windows):  # noqa: F811
     resumed.load_state_dict(copy.deepcopy(captured.state_dict()))
     losses = [trainer._step().item() for trainer in (captured, plain, resumed)]
     assert losses == [pytest.approx(losses[0], rel=1e-3)] * 3
+
+
+def test_nothing_is_captured_where_the_environment_forbids_it(cards, windows, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("DYDIFF_CAPTURE", "0")
+    monkeypatch.delattr(torch.cuda, "graph")
+    engine, agent, source = prepare(SECOND), make_agent("td3_bc", 0, SECOND), torch.Generator(SECOND).manual_seed(3)
+    first, *others = [engine.roll_out(agent, starts(5, 0).to(SECOND), source.manual_seed(3)) for _ in range(3)]
+    for other in others:
+        assert torch.equal(first.observation.cpu(), other.observation.cpu())
+    assert choose_mode("auto", torch.device(SECOND), 10**6) == "eager"
+    assert capture_if_gpu(len, source) is len
+    there = copy.deepcopy(windows)
+    for name in ("start", "length", "rows", "_offset", "limits"):
+        setattr(there, name, getattr(there, name).to(SECOND))
+    trainer = make_trainer(there, "bf16")
+    assert all(trainer._step().isfinite() for _ in range(3))
 
 
 # Whole commands

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dydiff.capture import CapturedGraph, warm_up
+from dydiff.capture import CapturedGraph, captures, warm_up
 from dydiff.data import Windows
 from dydiff.device import has_fast_bf16, keep_freed_memory
 from dydiff.diffusion.edm import (
@@ -95,7 +95,7 @@ class DiffusionTrainer:
         if windows.device.type == "cpu":
             keep_freed_memory()
         self.generator = torch.Generator(windows.device).manual_seed(seed)
-        self.captures = windows.device.type == "cuda"
+        self.captures = captures(windows.device)
         self._ready_to_capture = False
         self._graph: CapturedGraph | None = None
         self.epoch = 0  # ticks done
