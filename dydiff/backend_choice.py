@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from dydiff.backends import BACKENDS, ON_GPU, SamplingDenoiser, apply_backend
-from dydiff.child import Child, ChildEnded, connect_to_parent, decode, encode
+from dydiff.child import Child, ChildEnded, connect_to_parent, decode, encode, end_with_parent
 from dydiff.device import has_fast_bf16
 from dydiff.diffusion.edm import Denoiser
 from dydiff.errors import DydiffError
@@ -185,6 +185,7 @@ def _try_apart(denoiser: Denoiser, shape: Shape, device: torch.device, names: Se
 def work(connection: Connection) -> None:
     """The body of that process: try what is asked for, report, and say with an empty message that all was tried."""
     task = decode(connection.recv_bytes())
+    end_with_parent(connection)  # a kernel that hangs would hold the GPU for ever
     device = torch.device(task["device"])
     denoiser = Denoiser(UNet(**task["sizes"]), task["observation_dim"], task["sigma_data"])
     denoiser.network.load_state_dict(task["weights"])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import signal
 import subprocess
 import sys
+import threading
 import weakref
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -72,6 +74,16 @@ def module_command(module: str) -> list[str]:
 def connect_to_parent() -> Connection:
     """The connection to the process that started this one as a `Child`."""
     return Connection(int(sys.argv[1]))
+
+
+def end_with_parent(connection: Connection) -> None:
+    """End this process at once, whatever it does, when its parent is no more, which from now on sends nothing."""
+
+    def watch() -> None:
+        connection.poll(None)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def encode(message: dict[str, Any]) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -173,6 +174,19 @@ def test_crashes_and_hangs_cost_a_process_of_the_trial_alone(in_children, capfd)
     assert "triton-a cannot be used here: in its trial, its process ended by SIGSEGV" in told
     assert "triton-b cannot be used here: in its trial, it took more than" in told
     assert "triton-c cannot" not in told and " triton-c " in told
+
+
+def test_a_trial_that_hangs_ends_with_its_parent(in_children, monkeypatch, tmp_path):
+    in_children(f"def way(denoiser, name):\n    open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n    time.sleep(1000)")
+    children = []
+    monkeypatch.setattr(backend_choice, "Child", lambda module: children.append(Child(module)) or children[-1])
+    trial = backend_choice._try_apart(make_denoiser(), (3, HORIZON, DATA_DIM), CPU, ON_GPU)
+    assert next(trial).seconds is None
+    (child,) = children
+    while not (tmp_path / "pid").exists():
+        time.sleep(0.01)
+    child._connection.close()  # what the death of this process would do
+    assert child.process.wait(10) == 1
 
 
 def test_the_process_of_a_trial_has_the_networks_own_weights(in_children):
