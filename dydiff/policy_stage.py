@@ -89,6 +89,7 @@ def build_policies(
             on_update=progress.advance,
             update_mode=params.update_mode,
             update_precision=params.update_precision,
+            on_rollout=progress.tell,
         )
 
     return [build(each.constants.seed) for each in variants]

@@ -115,6 +115,7 @@ class PolicyTrainer:
         on_update: Callable[[int], None] = lambda count: None,
         update_mode: str = "auto",
         update_precision: str = "float32",
+        on_rollout: Callable[[str], None] = lambda text: None,
     ):
         self.agent = agent
         self.spaces = spaces
@@ -126,6 +127,7 @@ class PolicyTrainer:
         self.num_epochs = num_epochs
         self.updates_per_epoch = updates_per_epoch
         self.on_update = on_update
+        self.on_rollout = on_rollout
         self.generator = torch.Generator(agent.device).manual_seed(seed)
         num_updates = num_epochs * updates_per_epoch
         how = batch_size, real_ratio, self.generator, update_mode, num_updates, update_precision
@@ -192,6 +194,7 @@ class PolicyTrainer:
         return self.agent.act(observation, self.generator)
 
     def _roll_out(self, rollouts: Rollouts) -> dict[str, float]:
+        self.on_rollout(f"rolling out {rollouts.num_starts:,} starts")
         start = self.real.sample(rollouts.num_starts, self.generator).observation
         trajectory = rollouts.engine.roll_out(self._act, start, self.generator)
         trajectory = Trajectory(*(field[:, : rollouts.length] for field in trajectory))

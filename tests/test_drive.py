@@ -250,6 +250,15 @@ def test_a_resumed_progress_bar_begins_where_the_run_does(run_stage, dataset, mo
     assert outcome.status == 0 and "| 4/10 [" in outcome.errors.split("\r")[1]
 
 
+def test_the_progress_bar_tells_of_rollouts_while_they_are_made(run_stage, dataset, models):
+    outcome = run_stage("td3_bc", dataset, CPU, *use(models))
+    bars = outcome.errors.split("\r")
+    told = [index for index, bar in enumerate(bars) if "rolling out" in bar]
+    assert outcome.status == 0 and "rolling out" not in bars[-1] and "return=" in bars[-1]
+    assert f", rolling out {tiny.POLICY['rollout_batch_size']:,} starts]" in bars[told[0]].strip()
+    assert "epoch=1, " in bars[told[1]], "what the first epoch gave is still shown"
+
+
 def test_every_checkpoint_tells_its_origin(run_stage, dataset, models, tmp_path):
     assert run_stage("td3_bc", dataset, CPU, *use(models)).status == 0
     run = only_run(tmp_path / "runs")
