@@ -7,6 +7,7 @@ another one goes on with the backends that are left.
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
@@ -154,10 +155,14 @@ def _try_here(denoiser: Denoiser, shape: Shape, device: torch.device, names: Seq
             if not (fault := find_fault(evaluate, denoiser.evaluate, shape, device)):
                 seconds = time_evaluations(evaluate, shape, device)
         except Exception as error:  # whatever a kernel's compiler or launch raises; float32 needs neither
-            fault = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            fault = _first_line(error)
         yield Report(backend, seconds, fault)
         if fault:
             _insist_on_usable(device)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _insist_on_usable(device: torch.device) -> None:
@@ -189,7 +194,10 @@ def work(connection: Connection) -> None:
     device = torch.device(task["device"])
     denoiser = Denoiser(UNet(**task["sizes"]), task["observation_dim"], task["sigma_data"])
     denoiser.network.load_state_dict(task["weights"])
-    denoiser = denoiser.to(device).eval().requires_grad_(False)
+    try:
+        denoiser = denoiser.to(device).eval().requires_grad_(False)
+    except (AssertionError, RuntimeError) as error:  # what PyTorch raises where it cannot use a device
+        sys.exit(_first_line(error))
     with contextlib.suppress(DeviceLost):
         for report in _try_here(denoiser, tuple(task["shape"]), device, task["names"]):
             connection.send_bytes(encode(report._asdict()))

@@ -105,9 +105,9 @@ def make_pool() -> tuple[int, int] | None:
 class CapturedGraph:
     """A function without arguments as a CUDA graph of a device; its draws from `generators` go on from replay to replay.
 
-    The function must have run once before, outside of the capture (`warm_up`). What it returned then, and what tensors it reads
-    and writes, keeps its place in memory: every replay overwrites `output`. Graphs of one `pool` share the memory of what they
-    compute in between: none of them may run while another's output is still needed.
+    The function must have run once before, outside of the capture (`warm_up`). Every replay reads and writes the tensors that the
+    function did, which whoever holds the graph keeps alive, and overwrites `output`. Graphs of one `pool` share the memory of what
+    they compute in between: none of them may run while another's output is still needed.
 
     Raises:
         DydiffError: the function cannot be captured; ends with `remedy`.

@@ -50,15 +50,16 @@ def _make_input(shape: tuple[int, int, int], device: torch.device) -> Tensor:
 
 def _time_calls(call: Callable[[], Tensor], device: torch.device) -> float:
     """Seconds of some calls in a row; on a GPU replays of a graph, as in a rollout, whose launches cost nothing."""
+    run = call  # which has the input that a graph reads
     if captures(device):
         warm_up(call, device)
-        call = CapturedGraph(call, device).replay
+        run = CapturedGraph(call, device).replay
     if device.type == "cuda":
-        call()
+        run()
         torch.cuda.synchronize(device)
     began = time.perf_counter()
     for _ in range(CALLS):
-        call()
+        run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - began

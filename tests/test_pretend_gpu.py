@@ -22,12 +22,15 @@ from torch import Tensor
 import dydiff.updates
 from dydiff import capture
 from dydiff.agents import AGENTS
+from dydiff.backend_choice import choose_backend
 from dydiff.capture import CapturedGraph, capture_if_gpu, warm_up
 from dydiff.data import Transitions
+from dydiff.diffusion.edm import Denoiser
 from dydiff.diffusion.fast_sampler import FastMode
 from dydiff.errors import DydiffError
 from dydiff.kernels import native
 from dydiff.models import load_policy
+from dydiff.networks.unet import UNet
 from dydiff.replay import ReplayBuffer
 from dydiff.reward import RewardModel
 from dydiff.rollout import make_synthetic_transitions
@@ -127,6 +130,13 @@ def test_captured_rollouts_are_the_plain_ones(cards, name, settings):
     for plain, captured in zip(results[:4], results[4:], strict=True):
         for one, other in zip(plain, captured, strict=True):
             torch.testing.assert_close(other.cpu(), one.cpu(), rtol=1e-4, atol=1e-4)
+
+
+def test_auto_times_float32_as_a_graph_and_takes_it_where_no_kernel_runs(cards, capfd):
+    denoiser = Denoiser(UNet(3, HORIZON, 8, (1,)), 2).to(SECOND).requires_grad_(False)
+    with pytest.warns(RuntimeWarning, match="in float32. An evaluation of 4 starts took .*cudnn cannot be used.*triton-c cannot"):
+        assert choose_backend(denoiser, torch.device(SECOND), 4) in ("extension", "reference")
+    assert f"another one did not get to use {SECOND}" in capfd.readouterr().err
 
 
 def test_a_capture_that_does_not_fit_is_halved(cards, capsys):
