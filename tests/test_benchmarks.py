@@ -175,7 +175,7 @@ def test_roofline_counts_what_runs_and_draws_it(tmp_path, capsys):
 
 def test_the_profile_of_a_rollout_shows_its_ranges():
     script = Path(__file__).parents[1] / "profiling" / "torch_profile.py"
-    command = [sys.executable, str(script), "--batch=1", "--steps=2", "--device=cpu"]
+    command = [sys.executable, str(script), "--batch=1", "--horizon=8", "--steps=2", "--device=cpu"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "autoregressive start" in done.stdout and "sampler" in done.stdout

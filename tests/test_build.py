@@ -31,6 +31,18 @@ print(edm.__file__, backend, hasattr(native.extension, "cuda"), x_hat.sum().item
 print(edm.why_unavailable("cpu"), edm.why_unavailable("cuda"))
 """
 
+# Whether it is built is asked here, not how well: optimising takes most of a build's time. The last -O counts. An object that
+# another build of this session made of the same sources by the same arguments is not compiled again, only linked.
+HASTY = """#!/bin/sh
+for word; do
+    [ "$before" = -o ] && output=$word
+    before=$word
+done
+case " $* " in *" -c "*) kept={objects}/$( (echo "$*"; cat csrc/*) | cksum | tr " " -) ;; esac
+[ -e "$kept" ] && exec cp "$kept" "$output"
+c++ "$@" -O0 && if [ "$kept" ]; then cp "$output" "$kept"; fi
+"""
+
 
 class Installation:
     """The package built from a copy of the sources in an environment of its own, and unpacked."""
@@ -58,9 +70,9 @@ class Installation:
             wheels,
             source,
         ]
-        # Whether it is built is asked here, not how well: optimising takes most of a build's time. The last -O counts.
-        hasty = folder / "hasty-c++"
-        hasty.write_text('#!/bin/sh\nexec c++ "$@" -O0\n')
+        hasty, objects = folder / "hasty-c++", folder.parent / "objects"
+        objects.mkdir(exist_ok=True)
+        hasty.write_text(HASTY.format(objects=objects))
         hasty.chmod(0o755)
         compilers = {"CC": str(hasty), "CXX": str(hasty), "NVCC_APPEND_FLAGS": "-Xcompiler -O0"}
         build = {"PYTHONPATH": str(hidden), **compilers, **environment}

@@ -1,7 +1,6 @@
 """A run that is killed again and again ends exactly where an undisturbed one does.
 
-Commands run in children of multiprocessing's fork server, which has imported everything once: they are the command line less
-the seconds that a fresh interpreter takes to import torch.
+Commands run in children of a fork server (forked.py).
 """
 
 from __future__ import annotations
@@ -9,9 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
-import runpy
 import signal
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -20,28 +17,14 @@ import pytest
 import tiny
 import torch
 from conftest import DATASET
+from forked import children, run_script
 
 from dydiff.capture import can_compile
 from dydiff.checkpoint import load_checkpoint
 from dydiff.models import DIFFUSION, DYNAMICS, POLICY, REWARD
 from dydiff.runs import read_log, read_run
 
-REPOSITORY = Path(__file__).parents[1]
-children = multiprocessing.get_context("forkserver")
-# What a run imports late: optimizers pull in torch._dynamo.
-children.set_forkserver_preload(["dydiff.workers", "gymnasium", "mujoco", "pytest", "torch._dynamo", "tensorboard.summary"])
-
 KINDS = {"diffusion": DIFFUSION, "dynamics": DYNAMICS, "reward": REWARD}
-
-
-def run_script(script: str, arguments: list[str], environment: dict[str, str], output: Path) -> None:
-    """The body of a child: a script of the repository as `python SCRIPT ARGUMENTS` runs it."""
-    os.environ.update(environment)
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.argv = [script, *arguments]
-    runpy.run_path(str(REPOSITORY / script), run_name="__main__")
 
 
 class Workplace:

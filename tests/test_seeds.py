@@ -10,8 +10,10 @@ import pytest
 import tiny
 import torch
 from conftest import DATASET, check_refusal
+from forked import SUBPROCESS
 from test_updates import FAST_MODES, assert_close, transitions
 
+from dydiff import child
 from dydiff.agents import AGENTS
 from dydiff.checkpoint import load_checkpoint
 from dydiff.data import load_dataset
@@ -110,7 +112,8 @@ def products(folder: Path) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("stage, beside", [("td3_bc", "true"), ("diffusion_ql", "false"), ("cql", "false")])
-def test_each_seed_leaves_what_it_would_alone(run, dataset, tmp_path, stage, beside):
+def test_each_seed_leaves_what_it_would_alone(run, dataset, tmp_path, monkeypatch, stage, beside):
+    monkeypatch.setattr(child, "subprocess", SUBPROCESS)  # real starts of a worker have tests of their own
     worker = f"rl_trainer_params.evaluation_worker={beside}"
     assert run("together", stage, "seeds=[3, 0]", worker).status == 0
     for seed in (3, 0):

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 from conftest import check_refusal
+from forked import SUBPROCESS, Forked
 
 from dydiff import workers
 from dydiff.runs import read_run
@@ -22,18 +23,16 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def processes(monkeypatch) -> list[tuple[subprocess.Popen, int]]:
-    """The worker processes that a sweep starts, each with the number of those that ran beside it at its start."""
-    started: list[tuple[subprocess.Popen, int]] = []
+def processes(monkeypatch) -> list[tuple[Forked, int]]:
+    """The worker processes that a sweep forks, each with the number of those that ran beside it at its start."""
+    started: list[tuple[Forked, int]] = []
 
-    class Recorded(subprocess.Popen):
-        def __init__(self, *arguments, **options):
-            beside = sum(process.poll() is None for process, _ in started)
-            super().__init__(*arguments, **options)
-            started.append((self, beside))
+    def fork(*arguments, **options) -> Forked:
+        beside = sum(process.poll() is None for process, _ in started)
+        started.append((Forked(*arguments, **options), beside))
+        return started[-1][0]
 
-    monkeypatch.setattr(workers.subprocess, "Popen", Recorded)
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setattr(workers, "subprocess", SimpleNamespace(**{**vars(SUBPROCESS), "Popen": fork}))
     return started
 
 

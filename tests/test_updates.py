@@ -62,23 +62,18 @@ def assert_close(ours: object, theirs: object, where: str = "") -> None:
 @pytest.mark.parametrize("name", AGENTS)
 def test_modes_agree_step_by_step(name, mode):
     ours, plain = make_updates(name, mode), make_updates(name, "eager")
-    for step in range(5):
+    for step in range(6):
         if step == 3:  # another mixture, and other weights in the very same place
             ours.learners[0].synthetic.extend(transitions(20, seed=4))
             plain.learners[0].synthetic.extend(transitions(20, seed=4))
             ours.learners[0].agent.load_state_dict(copy.deepcopy(plain.learners[0].agent.state_dict()))
         assert_close(ours.run(1), plain.run(1), f"step {step}")
         assert_close(ours.learners[0].agent.state_dict(), plain.learners[0].agent.state_dict(), f"step {step}")
-    assert torch.equal(ours.learners[0].generator.get_state(), plain.learners[0].generator.get_state())
-
-
-@pytest.mark.skipif("compiled" not in FAST_MODES, reason="needs a compiler")
-def test_compiled_pairs_of_updates_agree():
-    ours, plain = make_updates("td3_bc", "compiled"), make_updates("td3_bc", "eager")
-    done = []
-    assert_close(ours.run(5, done.append), plain.run(5))
-    assert_close(ours.learners[0].agent.state_dict(), plain.learners[0].agent.state_dict())
-    assert done == [2, 2, 1]
+    if (name, mode) == ("td3_bc", "compiled"):  # in pairs, with the single update that is compiled by now as the remainder
+        done = []
+        assert_close(ours.run(5, done.append), plain.run(5))
+        assert_close(ours.learners[0].agent.state_dict(), plain.learners[0].agent.state_dict(), "pairs")
+        assert done == [2, 2, 1]
     assert torch.equal(ours.learners[0].generator.get_state(), plain.learners[0].generator.get_state())
 
 

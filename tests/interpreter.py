@@ -1,0 +1,66 @@
+"""Triton's interpreter as tests need it: right in bfloat16, and without the work that it repeats for every call and operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import triton
+from triton.runtime import interpreter
+
+
+class NothingToRestore:
+    """What the interpreter expects of `_patch_lang`: here the language stays as it is, since nothing but kernels uses it."""
+
+    def restore(self) -> None:
+        pass
+
+
+def prepare(patch: pytest.MonkeyPatch) -> None:
+    """Change the interpreter, in a process whose kernels are all interpreted, as long as the patch lasts."""
+    _widen_bfloat16(patch)
+    for name, quicker in (("_patch_lang", _patched_once), ("_get_np_dtype", _looked_up)):
+        if hasattr(interpreter, name):  # these are internals, and another Triton may do without them
+            patch.setattr(interpreter, name, quicker(getattr(interpreter, name)))
+
+
+def _widen_bfloat16(patch: pytest.MonkeyPatch) -> None:
+    """The interpreter keeps bfloat16 as uint16 and multiplies that; give its dot float32 operands instead."""
+    dot = interpreter.InterpreterBuilder.create_dot
+
+    def widened(handle):
+        if handle.dtype.scalar != triton.language.bfloat16:
+            return handle
+        return interpreter.TensorHandle((handle.data.astype("uint32") << 16).view("float32"), triton.language.float32)
+
+    def create_dot(self, a, b, *arguments):
+        return dot(self, widened(a), widened(b), *arguments)
+
+    patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+def _patched_once(patch_language: Callable) -> Callable:
+    """It goes through all of Triton's language at every call of a device function; once for each module says the same."""
+    done = set()
+
+    def patch_once(function: Callable) -> NothingToRestore:
+        if function.__module__ not in done:
+            done.add(function.__module__)
+            patch_language(function)
+        return NothingToRestore()
+
+    return patch_once
+
+
+def _looked_up(find: Callable) -> Callable:
+    """It builds its table of NumPy's types anew for every look into it."""
+    known: dict[str, np.dtype] = {}
+
+    def look_up(dtype) -> np.dtype:
+        name = str(dtype.scalar)  # a block's elements; a pointer is its own scalar
+        if name not in known:
+            known[name] = find(dtype.scalar)
+        return known[name]
+
+    return look_up
