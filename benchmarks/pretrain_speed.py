@@ -130,8 +130,8 @@ class Published:
         for parameter in self.denoiser.parameters():
             torch.nan_to_num(parameter.grad, nan=0, posinf=1e5, neginf=-1e5, out=parameter.grad)
         self.optimizer.step()
-        self.seen += len(clean)
         beta = ema_beta(self.seen, len(clean))
+        self.seen += len(clean)
         with torch.no_grad():
             for average, parameter in zip(self.ema.parameters(), self.denoiser.parameters(), strict=True):
                 average.copy_(parameter.lerp(average, beta))
@@ -192,9 +192,9 @@ class Stock:
         for parameter in self.parameters:
             torch.nan_to_num(parameter.grad, nan=0, posinf=1e5, neginf=-1e5, out=parameter.grad)
         self.optimizer.step()
-        self.seen += batch
         with torch.no_grad():
             torch._foreach_lerp_(self.averages, self.parameters, 1 - ema_beta(self.seen, batch))
+        self.seen += batch
         return loss.detach()
 
 
@@ -226,7 +226,7 @@ Runner = Published | Stock | Ours
 
 def ema_beta(seen: int, batch: int) -> float:
     """How much of the average a batch leaves as it is."""
-    return 0.5 ** (batch / min(HALF_LIFE, 0.05 * seen))
+    return 0.5 ** (batch / max(min(HALF_LIFE, 0.05 * seen), 1e-8))
 
 
 def build_runner(name: str, work: Workload, quick: bool) -> Runner:

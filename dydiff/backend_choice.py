@@ -22,14 +22,12 @@ from dydiff.device import has_fast_bf16
 from dydiff.diffusion.edm import Denoiser
 from dydiff.errors import DydiffError
 from dydiff.kernels import edm
-from dydiff.kernels.winograd import TAPS
+from dydiff.kernels.winograd import SMALLEST_GROUP, TAPS
 from dydiff.memory import is_out_of_memory
 from dydiff.networks.unet import UNet
 from dydiff.progress import say
 from dydiff.trial import find_fault, time_evaluations
 
-# A norm over few elements blows up rounding: with groups of 2 the network was wrong by 50 %, with 32 and more by 2 to 4 %.
-SMALLEST_GROUP = 32
 LARGEST_TRIAL = 2048  # starts
 PATIENCE = 300.0  # seconds for the trial of a backend, most of which its kernels take to be compiled for the first time
 Shape = tuple[int, int, int]  # of trajectories: B, H, D
@@ -70,9 +68,10 @@ def choose_backend(denoiser: Denoiser, device: torch.device, batch: int = LARGES
         DydiffError: as `race`.
     """
     network = denoiser.network
-    fits = isinstance(network, UNet) and network.kernel_size == TAPS
-    if device.type == "cpu" and fits and not edm.why_unavailable(device):
-        return "bf16" if has_fast_bf16(device) and network.smallest_group >= SMALLEST_GROUP else "winograd"
+    if device.type == "cpu" and isinstance(network, UNet) and network.kernel_size == TAPS and not edm.why_unavailable(device):
+        for backend in ("bf16", "winograd") if has_fast_bf16(device) else ("winograd",):
+            if network.smallest_group >= SMALLEST_GROUP[backend]:
+                return backend
     plain = edm.available_backend(device, torch.float32)
     if device.type == "cuda" and isinstance(network, UNet):
         verdicts, key = _verdicts.setdefault(denoiser, {}), (device, min(batch, LARGEST_TRIAL))

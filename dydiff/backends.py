@@ -9,10 +9,10 @@
     triton-a    GPU: float16, one kernel a convolution with its normalisation, where a tile holds whole samples; else triton-b
     triton-b    GPU: float16, the convolution as one matrix product and a second pass for the normalisation
     triton-c    GPU: float16, Winograd convolutions whose products are cuBLAS's (kernels/winograd_triton.py)
-    auto        the fastest that keeps rollouts within 2e-2 of float32: on the CPU bf16, where the processor multiplies bfloat16
-                and no norm goes over a few elements only, else winograd; on a GPU the fastest of those in float16 that a trial
-                there, with the network's own weights, finds right and faster than float32; else, and for networks that the
-                others are not for, extension (backend_choice.py)
+    auto        the fastest that keeps rollouts within 2e-2 of float32: on the CPU bf16, where the processor multiplies bfloat16,
+                else winograd, and neither where norms go over too few elements; on a GPU the fastest of those in float16 that
+                a trial there, with the network's own weights, finds right and faster than float32; else, and for networks that
+                the others are not for, extension (backend_choice.py)
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from dydiff.diffusion.edm import Denoiser, FusedDenoiser
 from dydiff.errors import DydiffError, NotForNetwork
 from dydiff.kernels import edm
 from dydiff.kernels.unet_cpu import CpuBlocks
+from dydiff.kernels.winograd import SMALLEST_GROUP
 from dydiff.networks.fused_unet import Blocks
 from dydiff.networks.unet import UNet
 
@@ -66,6 +67,11 @@ def apply_backend(denoiser: Denoiser, backend: str) -> SamplingDenoiser:
     if backend in ON_CPU:
         if device.type != "cpu" or not isinstance(denoiser.network, UNet):
             raise NotForNetwork(f"Rollout backend '{backend}' is for UNet_RL on the CPU; use 'auto'.")
+        if denoiser.network.smallest_group < SMALLEST_GROUP[backend]:
+            raise NotForNetwork(
+                f"Rollout backend '{backend}' is for networks whose norms go over {SMALLEST_GROUP[backend]} elements or more, not "
+                f"over {denoiser.network.smallest_group}, which blow up its rounding. Use --set sampler_kwargs.backend=extension."
+            )
         return FusedDenoiser(denoiser, CpuBlocks(ON_CPU[backend]))
     if backend in ON_GPU:
         return FusedDenoiser(denoiser, _make_gpu_blocks(denoiser, backend, device))

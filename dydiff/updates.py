@@ -41,7 +41,7 @@ class Updates:
     Modes: `eager`; `compiled`, few updates by Inductor; `graph`, on a GPU, several updates with their draws as one CUDA graph.
     The fast ones make one function or graph per pattern of what the agent's step counter decides. All consume the same random
     numbers and differ in rounding only. `auto` is `graph` on a GPU (`captures`) and `compiled` on a CPU that has a compiler, if the
-    run's `num_updates` pay for it; else `eager`.
+    run's `num_updates` pay for it; else `eager`. Batches of one transition are never compiled.
 
     `precision` is that of the matrix products: `float32`, or `bf16` with sums, values, losses, weights and Adam in float32.
 
@@ -67,6 +67,9 @@ class Updates:
         self.real_ratio = real_ratio
         self.precision = precision
         self.mode = choose_mode(mode, agent.device, num_updates)
+        if self.mode == "compiled" and batch_size == 1:
+            # Inductor turns products of one row into loops and merges them with Adam's, behind which they read the new weights.
+            self.mode = "eager"
         keep_freed_memory()
         self.learners = [Learner(agent, real, synthetic, generator)]
         self._prepare(agent)

@@ -36,8 +36,10 @@ def relative_error(ours: Tensor, expected: Tensor) -> float:
     if expected.dtype == torch.bool:
         return 0.0 if torch.equal(ours, expected) else float("inf")
     ours, expected = ours.detach().double(), expected.double()
-    distance = (ours - expected.to(ours.device)).norm().item()
-    norm = expected.norm().item()
+    expected = expected.to(ours.device)
+    same = (ours == expected) | (ours.isnan() & expected.isnan())  # what is not finite, too
+    distance = torch.where(same, 0.0, ours - expected).norm().item()
+    norm = expected.nan_to_num(0.0, 0.0, 0.0).norm().item()
     if norm == 0:
         return 0.0 if distance == 0 else float("inf")
     return distance / norm

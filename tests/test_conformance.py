@@ -6,6 +6,7 @@ import conformance
 import conformance_kinds
 import numpy as np
 import pytest
+import torch
 
 from dydiff.backends import ON_CPU
 from dydiff.diffusion.edm import Denoiser
@@ -67,6 +68,15 @@ def test_an_unknown_kind_fails(tmp_path, capsys):
 
 def test_an_empty_folder_is_an_error(tmp_path):
     assert conformance.main([str(tmp_path)]) == 1
+
+
+def test_what_is_not_finite_must_be_the_same():
+    nan, inf = float("nan"), float("inf")
+    expected = torch.tensor([nan, inf, 3.0, 4.0])
+    assert conformance.relative_error(expected, expected) == 0
+    assert conformance.relative_error(torch.tensor([nan, inf, 3.0, 4.5]), expected) == pytest.approx(0.1)
+    for wrong in ([1.0, inf, 3, 4], [nan, -inf, 3, 4], [nan, 1.0, 3, 4], [nan, inf, nan, 4]):
+        assert not conformance.relative_error(torch.tensor(wrong), expected) < 1
 
 
 def test_a_case_that_raises_fails_alone(tmp_path, capsys):

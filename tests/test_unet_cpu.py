@@ -7,7 +7,7 @@ import torch
 
 from dydiff import backend_choice
 from dydiff.backend_choice import choose_backend, prepare_denoiser
-from dydiff.backends import ON_CPU
+from dydiff.backends import ON_CPU, apply_backend
 from dydiff.diffusion.edm import Denoiser
 from dydiff.errors import DydiffError
 from dydiff.kernels import edm, matrix_cpu, native
@@ -151,12 +151,20 @@ def test_the_extension_joins_the_threads_of_pytorch():
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_auto_takes_bf16_where_it_is_fast_and_norms_go_over_many_elements(fast, monkeypatch):
+def test_auto_takes_what_is_fast_and_right_where_norms_go_over_few_elements(fast, monkeypatch):
     monkeypatch.setattr(backend_choice, "has_fast_bf16", lambda device: fast)
-    small, enough = (Denoiser(UNet(3, horizon, 8, (1, 2, 4)), 2) for horizon in (32, 64))
-    assert (small.network.smallest_group, enough.network.smallest_group) == (16, 32)
-    assert choose_backend(small, torch.device("cpu")) == "winograd"
-    assert choose_backend(enough, torch.device("cpu")) == ("bf16" if fast else "winograd")
+    chosen = {}
+    for horizon in (4, 8, 16, 32):
+        denoiser = Denoiser(UNet(3, horizon, 8, (1, 2, 4)), 2)
+        chosen[denoiser.network.smallest_group] = choose_backend(denoiser, torch.device("cpu"))
+    assert chosen == {2: "extension", 4: "winograd", 8: "winograd", 16: "bf16" if fast else "winograd"}
+
+
+@pytest.mark.parametrize("backend, horizon, refused", [("bf16", 32, 16), ("winograd", 8, 4)])
+def test_norms_over_too_few_elements_are_refused_with_a_remedy(backend, horizon, refused):
+    apply_backend(Denoiser(UNet(3, horizon, 8, (1, 2, 4)), 2), backend)
+    with pytest.raises(DydiffError, match=f"over {refused} elements or more, not over {refused // 2},.*backend=extension"):
+        apply_backend(Denoiser(UNet(3, horizon // 2, 8, (1, 2, 4)), 2), backend)
 
 
 @pytest.mark.parametrize("backend", ON_CPU)

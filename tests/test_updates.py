@@ -77,6 +77,14 @@ def test_modes_agree_step_by_step(name, mode):
     assert torch.equal(ours.learners[0].generator.get_state(), plain.learners[0].generator.get_state())
 
 
+def test_batches_of_one_are_not_compiled():
+    """With PyTorch 2.13 their critics took first steps of 0.76 to 1.25 times the learning rate, where Adam's are exactly that."""
+    whole = make_updates("td3_bc", "compiled")
+    part, how = whole.learners[0], (1, 0.5, whole.learners[0].generator, "compiled", 0)
+    assert (whole.mode, Updates(part.agent, part.real, part.synthetic, *how).mode) == ("compiled", "eager")
+
+
+
 @pytest.mark.skipif("compiled" not in FAST_MODES, reason="needs a compiler")
 def test_compiled_updates_are_those_of_their_own_agent():
     """Nothing is checked at a call of compiled code: it must not be shared with an agent of other settings."""

@@ -24,7 +24,7 @@ from dydiff.diffusion.update import Update
 from dydiff.errors import DydiffError, NotFinite
 from dydiff.finite import find_not_finite
 from dydiff.kernels.native import why_unavailable
-from dydiff.kernels.winograd import TAPS
+from dydiff.kernels.winograd import SMALLEST_GROUP, TAPS
 from dydiff.networks.training_unet import TrainingUNet
 from dydiff.networks.unet import UNet
 
@@ -133,9 +133,8 @@ class DiffusionTrainer:
     def _step(self) -> torch.Tensor:
         """One batch; returns the mean loss per element without waiting for the device."""
         mean = self._run_graph() if self.captures else self._find_gradients()
-        lr = self.lr * min(self.seen / self.lr_ramp, 1)
+        self.update.step(self.lr * min(self.seen / self.lr_ramp, 1), self._ema_rate())
         self.seen += self.batch_size
-        self.update.step(lr, self._ema_rate())
         return mean
 
     def _run_graph(self) -> torch.Tensor:
@@ -176,7 +175,7 @@ class DiffusionTrainer:
         return mean
 
     def _ema_rate(self) -> float:
-        """How far the average moves to the weights after a batch."""
+        """How far the average moves to the weights after a batch; as far as they are after the first one."""
         half_life = min(self.half_life, EMA_RAMP * self.seen)
         return 1 - 0.5 ** (self.batch_size / max(half_life, 1e-8))
 
@@ -223,6 +222,8 @@ def choose_precision(precision: str, denoiser: Denoiser) -> str:
     obstacle = why_unavailable("cpu")
     if not fits or network.kernel_size != TAPS or device.type != "cpu":
         obstacle = f"it is for UNet_RL with kernels of {TAPS} taps on a CPU"
+    elif network.smallest_group < SMALLEST_GROUP["winograd"]:
+        obstacle = f"the network has norms over {network.smallest_group} elements, which blow up its rounding"
     if precision == "auto":
         if fits and has_fast_bf16(device):
             return "bf16"
