@@ -183,8 +183,9 @@ def run_shape(shape: Shape, session: Session) -> None:
     options, device = session.options, session.options.device
     shorten = options.quick and not device.startswith("cuda")
     thorough = Patience(options.seconds, least=1 if shorten else 3, warm_up=True)
-    # On a CPU a second rollout is too dear to warm up, and the network's evaluation has done it.
-    patience = thorough if device.startswith("cuda") else dataclasses.replace(thorough, warm_up=False, reuse=shorten)
+    # Rollouts that take long are not repeated in haste; on a CPU a second one is too dear to warm up, and the network's evaluation
+    # has done it.
+    patience = dataclasses.replace(thorough, warm_up=device.startswith("cuda"), reuse=options.quick)
     work = Workload(shape, device, sampler_steps=QUICK_STEPS if shorten else NUM_STEPS)
     runners = build_runners(options.variants, work, list_skipped(device, options.quick))
     counts, peaks = Counts(shape), {}

@@ -6,7 +6,8 @@ import contextlib
 import gc
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from types import FunctionType
 from typing import Any
@@ -102,6 +103,17 @@ def make_pool() -> tuple[int, int] | None:
     return torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
 
 
+def _end_capture_of(generators: Sequence[torch.Generator]) -> None:
+    """Up to 2.12 the generators of a failed capture refuse to draw outside of it, until one that succeeds ends: an empty one."""
+    graph = torch.cuda.CUDAGraph()
+    for generator in generators:
+        graph.register_generator_state(generator)
+    with contextlib.suppress(RuntimeError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is empty
+        with torch.cuda.graph(graph, stream=_side_stream(torch.cuda.current_device())):
+            pass
+
+
 class CapturedGraph:
     """A function without arguments as a CUDA graph of a device; its draws from `generators` go on from replay to replay.
 
@@ -132,10 +144,11 @@ class CapturedGraph:
                 with torch.cuda.graph(self._graph, pool=pool, stream=_side_stream(torch.cuda.current_device())):
                     self.output = function()
             except BaseException as error:
-                # Up to 2.11 PyTorch leaves a failed capture's stream current and its pool open: no other would succeed after it.
+                # PyTorch leaves a failed capture's stream current and, up to 2.11, its pool open: no other would succeed after it.
                 torch.cuda.set_stream(stream)
                 with contextlib.suppress(RuntimeError):  # closed already
                     torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+                _end_capture_of(generators)
                 if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
                     raise
                 raise DydiffError(f"A CUDA graph cannot be captured here ({str(error).splitlines()[0]}). {remedy}") from error

@@ -64,14 +64,14 @@ def sum_in_float32() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def fast_float32() -> Iterator[None]:
-    """Let oneDNN compute the float32 matrix products of a CPU within, where its results are as exact as the default's.
+def fast_float32(device: torch.device) -> Iterator[None]:
+    """Let oneDNN compute a CPU's float32 matrix products within, where its results are as exact as the default's.
 
     By default PyTorch takes them to MKL, which uses half of what an AMD core with AVX-512 can do: a product of 256 x 256 takes
     290 us there and 142 us in oneDNN (one core of an EPYC). PyTorch offers oneDNN only as a permission to multiply in bfloat16;
     CPUs without AMX make no use of that.
     """
-    if not _onednn_is_exact():
+    if device.type != "cpu" or not _onednn_is_exact():
         yield
         return
     settings = torch.backends.mkldnn.matmul

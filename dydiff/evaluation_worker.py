@@ -77,7 +77,7 @@ class PolicyEvaluator:
         self.agent.load_state_dict(state)
         generator = torch.Generator(self.agent.device).manual_seed(seed)
         # One thread is what a handful of rows keeps busy; and their number must not change the numbers.
-        with _threads(1), fast_float32():
+        with _threads(1), fast_float32(self.agent.device):
             act = partial(self.agent.act_for_evaluation, generator=generator)
             result = self.evaluator.evaluate(in_raw_space(act, self.spaces), seed)
         figures = result.mean_return, result.std_return, result.mean_length, result.num_episodes

@@ -100,7 +100,7 @@ class Updates:
         nums_real = tuple(count_real(each.synthetic, self.batch_size, self.real_ratio) for each in self.learners)
         totals: Sums = {}
         counts: dict[str, int] = {}
-        with fast_float32(), sum_in_float32():
+        with fast_float32(self._agent.device), sum_in_float32():
             for first in range(0, count, self.at_once):
                 variants = self._advance(min(self.at_once, count - first))
                 sums, numbers = self._run_together(variants, nums_real)

@@ -26,6 +26,7 @@ REPO = Path(__file__).resolve().parents[1]
 DEVICE_TESTED = "edm_step philox unet_kernels backend_choice rollout_capture memory updates training_precision".split()
 DEVICE_TESTS = [f"tests/test_{name}.py" for name in DEVICE_TESTED]
 UPDATES = "--variants=published,stock,eager,graph,bf16"
+LAST_WORDS = 5.0  # seconds for a killed part's output
 KEPT_OUTPUT = 4000  # characters of a part's output that the report keeps
 
 
@@ -55,7 +56,7 @@ def list_parts(out: Path, cases: Path, wheels: Path | None) -> list[Part]:
         Part("build", install, 120),
         Part("cuda unit", [python, "-c", loaded], 30),
         Part("compile", [python, __file__, "--compile"], 120),
-        Part("conformance", [python, "tests/conformance.py", str(cases), "--backend", "all", "--device", "cuda"], 90),
+        Part("conformance", [python, __file__, "--conformance", str(cases)], 120),
         Part("tests", [python, "-m", "pytest", "-q", *side_by_side, *DEVICE_TESTS], 150),
         Part("race", [*rollouts, plain, "--json", race], 120, race),  # apart: a kernel may leave the GPU unusable to its process
         Part("race of triton", [*rollouts, ours, "--json", race_triton], 120, race_triton),
@@ -81,6 +82,17 @@ def compile_kernels() -> int:
     ]
     children = [subprocess.Popen(command, cwd=REPO) for command in commands]
     return max(abs(child.wait()) for child in children)
+
+
+def check_conformance(cases: str) -> int:
+    """Run the cases, a process a backend, since compiling kernels is what takes time; the exit status."""
+    from dydiff.backends import BACKENDS
+
+    command = [sys.executable, "tests/conformance.py", cases, "--device=cuda"]
+    children = [subprocess.Popen([*command, f"--backend={name}"], cwd=REPO, stdout=subprocess.PIPE) for name in BACKENDS[1:]]
+    for child in children:
+        sys.stdout.buffer.write(child.communicate()[0])
+    return max(abs(child.returncode) for child in children)
 
 
 def describe_machine() -> dict[str, str]:
@@ -111,14 +123,15 @@ def run_part(part: Part, seconds: float) -> dict[str, object]:
     """Run one part for at most so long and say what came out; never raises. Nothing that it started outlives it."""
     begin = time.perf_counter()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    unbuffered = os.environ | {"PYTHONUNBUFFERED": "1"}  # or what a part printed would be lost with it
     try:
-        with subprocess.Popen(part.command, cwd=REPO, start_new_session=True, **pipes) as process:
+        with subprocess.Popen(part.command, cwd=REPO, start_new_session=True, env=unbuffered, **pipes) as process:
             try:
                 output, _ = process.communicate(timeout=seconds)
                 status = process.returncode
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
-                status, output = "timeout", process.communicate()[0]
+                status, output = "timeout", read_rest(process)
     except OSError as error:
         status, output = "not started", str(error)
     record: dict[str, object] = {
@@ -133,6 +146,14 @@ def run_part(part: Part, seconds: float) -> dict[str, object]:
     return record
 
 
+def read_rest(process: subprocess.Popen) -> str:
+    """What a killed part printed; what it started in another session may hold its pipe a while longer."""
+    try:
+        return process.communicate(timeout=LAST_WORDS)[0]
+    except subprocess.TimeoutExpired as late:
+        return (late.output or b"").decode(errors="replace")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu-report")), help="folder for the report")
@@ -140,10 +161,13 @@ def main() -> int:
     parser.add_argument("--wheels", type=Path, help="folder with wheels of missing dependencies, for a machine without network")
     parser.add_argument("--only", nargs="+", default=None, help="parts to run (default: all)")
     parser.add_argument("--seconds", type=float, default=570, help="time for everything")
-    parser.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)  # in a process that a part started
+    parser.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)  # these two in processes that parts started
+    parser.add_argument("--conformance", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.compile:
         return compile_kernels()
+    if options.conformance:
+        return check_conformance(options.conformance)
     end = time.perf_counter() + options.seconds
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)

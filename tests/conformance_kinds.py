@@ -50,7 +50,7 @@ def make_update(agent: TD3BC | DiffusionQL, batch: Transitions, mode: str) -> Ca
 
     def apply_update(batch: Transitions, noise: tuple) -> dict[str, Tensor]:
         rows = torch.cat([field.view(buffer.size, -1) for field in batch], dim=1)
-        with fast_float32(), sum_in_float32():
+        with fast_float32(agent.device), sum_in_float32():
             sums, _ = updates._apply((agent.variant(),), [(rows, noise)])
         return sums
 

@@ -79,6 +79,7 @@ class PretendedGenerator(torch.Generator):
         raise TypeError("a pretended generator stays in its process")
 
 
+lost_generators: set[int] = set()  # which a capture that failed has left as if it went on
 generators: weakref.WeakValueDictionary[int, PretendedGenerator] = weakref.WeakValueDictionary()  # by what C++ hands over
 
 
@@ -141,8 +142,15 @@ class CUDAGraph:
         states = [(generator, generator.get_state()) for generator, _ in self._generators.values()]
         own = _state.random[self.device.index].clone()
         _state.graph = self
+        names = {generator._cdata for generator, _ in self._generators.values()}
         try:
             yield
+            lost_generators.difference_update(names)
+        except torch.OutOfMemoryError:
+            raise
+        except BaseException:  # as PyTorch up to 2.12 has it
+            lost_generators.update(names)
+            raise
         finally:
             _state.graph = None
             _state.random[self.device.index] = own

@@ -149,6 +149,8 @@ def check_generator(leaves: list[Any], target: torch.device) -> None:
         if isinstance(leaf, torch._C.Generator):
             generator = pretend_cuda.generators.get(leaf._cdata)
             device = leaf.device if generator is None else generator.device
+            if leaf._cdata in pretend_cuda.lost_generators and pretend_cuda.capturing() is None:
+                raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
             if device != target:
                 raise RuntimeError(f"Expected a '{target}' device type for generator but found '{device}'")
 

@@ -53,6 +53,16 @@ def test_a_hanging_part_ends_with_all_that_it_started(report, tmp_path):
     assert not alive.exists(), "what the part started is still running"
 
 
+def test_what_a_killed_part_printed_is_kept_whoever_holds_its_pipe(report, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    monkeypatch.setattr(gpu_report, "LAST_WORDS", 0.5)
+    elsewhere = "import subprocess, sys; print('begun'); "
+    elsewhere += "subprocess.run([sys.executable, '-c', 'import time; time.sleep(8)'], start_new_session=True)"
+    status, written, _ = report([python("hangs", elsewhere, 2)])
+    assert written["parts"]["hangs"]["status"] == "timeout" and written["parts"]["hangs"]["seconds"] < 5
+    assert "begun" in written["parts"]["hangs"]["output_tail"]
+
+
 def test_time_for_everything(report):
     parts = [python("long", "import time; time.sleep(30)", 60), python("late", "pass", 60)]
     status, written, output = report(parts, "--seconds=1")

@@ -95,6 +95,9 @@ def test_graphs_replay_what_they_hold_and_notice_what_they_lost(cards):
             CapturedGraph(forbidden, device)
     with pytest.raises(DydiffError, match="not in capture mode"):
         CapturedGraph(count, device)
+    with pytest.raises(DydiffError, match="capturing"):
+        CapturedGraph(lambda: float(torch.rand(2, generator=source, device=device).sum()), device, source)
+    torch.rand(2, generator=source, device=device)  # a failed capture has left it whole
     elsewhere = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream("cuda:0"))
     with pytest.raises(RuntimeError, match="not in the capture"), elsewhere:
         weight.add_(1)

@@ -239,7 +239,7 @@ def test_unknown_precision():
 def test_fast_float32_is_float32_and_leaves_no_trace():
     a, b = torch.randn(2, 200, 300, generator=torch.Generator().manual_seed(0))
     before, setting = a @ b.mT, torch.get_float32_matmul_precision()
-    with fast_float32():
+    with fast_float32(torch.device("cpu")):
         inside = a @ b.mT
     exact = a.double() @ b.double().mT
     assert (inside - exact).norm() < 1e-6 * exact.norm()

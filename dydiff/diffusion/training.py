@@ -11,7 +11,7 @@ import torch
 
 from dydiff.capture import CapturedGraph, captures, warm_up
 from dydiff.data import Windows
-from dydiff.device import has_fast_bf16, keep_freed_memory
+from dydiff.device import has_fast_bf16, keep_freed_memory, sum_in_float32
 from dydiff.diffusion.edm import (
     Denoiser,
     ForeignActions,
@@ -132,7 +132,8 @@ class DiffusionTrainer:
 
     def _step(self) -> torch.Tensor:
         """One batch; returns the mean loss per element without waiting for the device."""
-        mean = self._run_graph() if self.captures else self._find_gradients()
+        with sum_in_float32():
+            mean = self._run_graph() if self.captures else self._find_gradients()
         self.update.step(self.lr * min(self.seen / self.lr_ramp, 1), self._ema_rate())
         self.seen += self.batch_size
         return mean
