@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dydiff.agents import AGENTS, Agent
-from dydiff.arguments import as_rows
+from dydiff.arguments import as_rows, describe
 from dydiff.checkpoint import load_checkpoint
 from dydiff.data import Dataset, Limits, Spaces, ZScore
 from dydiff.diffusion.edm import Denoiser
@@ -170,7 +170,12 @@ def _load_one_step(
 
 
 def _load(path: str | Path, kind: str, dataset: Dataset | None) -> tuple[Any, dict[str, Any]]:
-    tree, manifest = load_checkpoint(Path(os.path.expanduser(path)), kind)
+    file = Path(os.path.expanduser(path))
+    if file.is_dir():  # a run
+        file /= "agent.safetensors" if kind == POLICY else "model.safetensors"
+    tree, manifest = load_checkpoint(file, kind)
+    if not isinstance(dataset, Dataset | None):
+        raise DydiffError(f"dataset must be what load_dataset gives, such as problem.dataset, not {describe(dataset)}.")
     if dataset is not None and manifest.get("fingerprint") != dataset.fingerprint:
         raise DydiffError(
             f"The {kind} '{path}' was trained on dataset '{manifest.get('dataset')}' (fingerprint "

@@ -63,7 +63,7 @@ def parse_bool(text: str) -> bool:
 def parse_ints(text: str) -> list[int]:
     """A comma-separated list of whole numbers above 0, as in 1,4,8."""
     try:
-        return [positive(int)(part) for part in text.split(",")]
+        return [positive(int)(part) for part in text.strip("[]").split(",")]
     except (ValueError, argparse.ArgumentTypeError) as error:
         raise argparse.ArgumentTypeError(f"'{text}' is not a list of whole numbers above 0 such as 1,4,8") from error
 
@@ -71,7 +71,7 @@ def parse_ints(text: str) -> list[int]:
 def parse_floats(text: str) -> list[float]:
     """A comma-separated list of numbers above 0, as in 0.3,0.8."""
     try:
-        return [positive(float)(part) for part in text.split(",")]
+        return [positive(float)(part) for part in text.strip("[]").split(",")]
     except (ValueError, argparse.ArgumentTypeError) as error:
         raise argparse.ArgumentTypeError(f"'{text}' is not a list of numbers above 0 such as 0.3,0.8") from error
 

@@ -55,6 +55,8 @@ def build_policies(
             device,
         )
         beside = has_idle_core(device) if params.evaluation_worker is None else params.evaluation_worker
+        if beside:
+            problem.spec.make().close()  # where that fails, it shall fail now, and not behind the first epoch
         evaluator = (EvaluationWorker if beside else PolicyEvaluator)(description)
     else:
         say(f"No simulator of {problem.environment} ships with dydiff: this run trains without evaluation.")

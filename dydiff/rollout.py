@@ -10,7 +10,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -96,7 +96,11 @@ class RolloutEngine:
         _check_sampler(sampler)
         if not isinstance(fast, FastMode | None):
             raise DydiffError(f"fast must be None or a dydiff.FastMode, for its defaults FastMode(), not {describe(fast)}.")
+        if not isinstance(spaces, Spaces):
+            raise DydiffError(f"spaces must be Spaces, as in load_problem(...).spaces, not {describe(spaces)}.")
         fitting = [_fitting_denoiser(model, spaces, horizon) for model in denoisers]
+        if not isinstance(getattr(dynamics, "predictor", None), Callable):
+            raise DydiffError(f"dynamics must be what load_dynamics gives, or a DynamicsEnsemble, not {describe(dynamics)}.")
         self.denoisers = [prepare_denoiser(denoiser, backend, chunk_size) for denoiser in fitting]
         self.dynamics = dynamics
         self.spaces = spaces
@@ -107,6 +111,7 @@ class RolloutEngine:
         self.step_backend = "reference" if backend == "reference" else "auto"
         self.fast = fast
         self.capture = capture
+        self._fitting_policy: Policy | Actor | None = None  # the last one
         self._captured: dict[tuple[object, ...], GraphedFunction] = {}  # by what the graphs belong to, oldest first
         self._pool: tuple[int, int] | None = None  # the graphs' memory: one rollout runs at a time, and its result is copied
 
@@ -134,6 +139,9 @@ class RolloutEngine:
         if not callable(getattr(policy, "act", policy)):
             raise DydiffError(f"policy must be a function of observations, an agent or a loaded policy, not {describe(policy)}.")
         remedy = "It holds observations in policy space: spaces.observation_raw_to_policy makes them of a tensor of raw ones."
+        if policy is not self._fitting_policy:  # looking at numbers waits for the device
+            _check_policys_spaces(policy, self.spaces)
+            self._fitting_policy = policy
         start = as_rows("start", start, None, self.spaces.observation_dim, self.spaces.device, remedy)
         if not isinstance(generator, torch.Generator) or generator.device.type != start.device.type:
             given = f"one on {generator.device}" if isinstance(generator, torch.Generator) else describe(generator)
@@ -270,12 +278,45 @@ def _fitting_denoiser(model: Denoiser | TrainedModel, spaces: Spaces, horizon: i
     ):
         if theirs != given:
             raise DydiffError(f"{name} is {given}, but the diffusion model was made for {theirs}: let both be the same.")
+    limits = getattr(model, "limits", None)
+    if limits is not None and not _agree(limits, spaces.observation_limits, spaces.action_limits, names=("minimum", "maximum")):
+        raise DydiffError("spaces has other limits than the diffusion model: take those of the dataset that it was trained on.")
     return denoiser
+
+
+def _check_policys_spaces(policy: Policy | Actor, spaces: Spaces) -> None:
+    """A loaded policy knows its spaces; in others it would take an observation for another one."""
+    own = getattr(policy, "spaces", None)
+    if isinstance(own, Spaces) and not (
+        own.observation_dim == spaces.observation_dim
+        and _agree(own.z_score, spaces.z_score, names=("mean", "std"))
+        and _agree(own, spaces, names=("action_center", "action_half_range"))
+    ):
+        raise DydiffError(
+            "The policy was trained in other spaces than the engine's: what it takes for an observation would be another one. Load "
+            "a policy that was trained on the engine's dataset, or wrap it in a function that converts through raw space."
+        )
+
+
+def _agree(one: Any, *parts: Any, names: Sequence[str]) -> bool:
+    """Whether the named tensors of one are those of the others, side by side; statistics may differ in their last bits."""
+    pairs = ((getattr(one, name), torch.cat([getattr(part, name) for part in parts])) for name in names)
+    return all(a.shape == b.shape and torch.allclose(a.cpu(), b.cpu(), rtol=1e-3, atol=1e-6) for a, b in pairs)
 
 
 @torch.no_grad()
 def score(reward_model: RewardModel, trajectory: Trajectory) -> Tensor:
-    """Sum of the modelled reward over all H rows: [B] (SPEC section 6)."""
+    """Sum of the modelled reward over all H rows: [B] (SPEC section 6).
+
+    Raises:
+        DydiffError: something else in the place of one of them.
+    """
+    for name, value, fits, remedy in (
+        ("reward_model", reward_model, callable(reward_model), "what load_reward gives"),
+        ("trajectory", trajectory, isinstance(trajectory, Trajectory), "what RolloutEngine.roll_out gives"),
+    ):
+        if not fits:
+            raise DydiffError(f"{name} must be {remedy}, not {describe(value)}.")
     return reward_model(trajectory.observation, trajectory.action).sum(dim=1)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from dydiff.data import RawDataset, d4rl
-from dydiff.data.dataset import OPTIONAL, REQUIRED
+from dydiff.data.dataset import OPTIONAL, REQUIRED, differs_from_row_behind, find_breaks
 from dydiff.data.windows import find_episodes
 from dydiff.environments import ENVIRONMENTS
 from dydiff.terminal import terminal_function
@@ -16,7 +16,6 @@ from dydiff.terminal import terminal_function
 MATRICES = ("observations", "actions", "next_observations", "infos/qpos", "infos/qvel")
 SHOWN_ROWS = 10
 ACTION_TOLERANCE = 1e-3
-NEXT_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -109,6 +108,10 @@ def _check_episodes(arrays: dict[str, np.ndarray], environment: str | None) -> l
     if timeouts is None:
         if limit is None:
             findings.append(Finding("there are no timeouts, and no time limit of the environment is known", True))
+        breaks = find_breaks(arrays, limit) if "next_observations" in arrays else []
+        if len(breaks):
+            text = "there are no timeouts, but episodes end where next_observations is not the observation of the row behind"
+            findings.append(Finding(text, True, breaks))
         return findings
     if timeouts[:-1].all():
         findings.append(Finding("no transition is left: every row but the last ends an episode by time", True))
@@ -127,10 +130,7 @@ def _check_episodes(arrays: dict[str, np.ndarray], environment: str | None) -> l
     if rest:
         findings.append(Finding(f"the episode of the last {rest:,} rows does not end; windows leave them out", False))
     if "next_observations" in arrays:
-        stored, shifted = arrays["next_observations"][:-1], arrays["observations"][1:]
-        with np.errstate(invalid="ignore"):
-            differs = (np.abs(stored - shifted) > NEXT_TOLERANCE * (1 + np.abs(shifted))).any(axis=1)
-        differs = np.flatnonzero(differs & ~(terminals | timeouts)[:-1])
+        differs = np.flatnonzero(differs_from_row_behind(arrays) & ~(terminals | timeouts)[:-1])
         if len(differs):
             findings.append(Finding("next_observations is not the observation of the row behind", False, differs))
     return findings

@@ -8,8 +8,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from conftest import refusal
 
 from dydiff.data import Dataset, d4rl, dataset_from_arrays, dataset_path, files, load_dataset, normalized_score
+from dydiff.data.dataset import find_breaks
 from dydiff.errors import DydiffError
 
 ROWS = 12
@@ -291,9 +293,24 @@ def test_fingerprint_depends_on_every_array_and_nothing_else():
         changed = values.copy()
         changed.flat[0] = ~changed.flat[0] if changed.dtype == bool else changed.flat[0] + 1
         fingerprints.add(dataset_from_arrays({**arrays, key: changed}, "a").fingerprint)
-    for key in ("timeouts", "next_observations"):
-        fingerprints.add(dataset_from_arrays({k: v for k, v in arrays.items() if k != key}, "a").fingerprint)
+    for left_out in (["next_observations"], ["next_observations", "timeouts"]):
+        fingerprints.add(dataset_from_arrays({k: v for k, v in arrays.items() if k not in left_out}, "a").fingerprint)
     assert len(fingerprints) == 1 + len(arrays) + 2
+
+
+@pytest.mark.parametrize("name, breaks", [("walker2d-x", [3, 7, 10]), ("unknown", [3, 7, 10]), ("walker2d-x", [])])
+def test_episodes_without_timeouts_are_not_glued_together(name, breaks):
+    arrays = make_arrays()
+    del arrays["timeouts"]
+    arrays["next_observations"] = np.roll(arrays["observations"], -1, axis=0)
+    arrays["next_observations"][[4, *breaks]] += 1  # the terminal row's is its own
+    if not breaks:
+        assert len(dataset_from_arrays(arrays, name)) == ROWS
+        return
+    message = refusal(dataset_from_arrays, arrays, name)
+    assert "no timeouts, but 3 episode(s) end within it, first in row 3, " in message and "Store a timeouts array" in message
+    assert find_breaks(arrays, None).tolist() == breaks
+    assert find_breaks(arrays, 5).tolist() == [7, 10], "the first episode may have ended by the limit"
 
 
 def test_fingerprint_tells_equal_bytes_of_other_shapes_apart():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +22,7 @@ from dydiff.diffusion.fast_sampler import FastMode
 from dydiff.dynamics import DynamicsEnsemble
 from dydiff.errors import DydiffError
 from dydiff.models import DIFFUSION, POLICY, DiffusionModel, Policy, build_denoiser, load_diffusion_model, load_policy, store_spaces
-from dydiff.rollout import RolloutEngine
+from dydiff.rollout import RolloutEngine, score
 
 OBSERVATION_DIM, ACTION_DIM, HORIZON = 3, 2, 4
 WIDTH = OBSERVATION_DIM + ACTION_DIM
@@ -177,6 +178,28 @@ def test_models_that_were_not_shown_what_is_injected(option, tmp_path):
     model = save_diffusion(tmp_path, **{option: False})
     for given in (model, model.denoiser):
         assert f"Train one with --{option}=True" in refusal(make_engine, given)
+
+
+def test_spaces_of_another_dataset_are_noticed(tmp_path):
+    model = save_diffusion(tmp_path)
+    other = copy.deepcopy(make_spaces())
+    other.observation_limits.maximum += 0.5
+    assert "spaces has other limits than the diffusion model" in refusal(RolloutEngine, [model], None, other, HORIZON)
+    policy, engine = save_policy(tmp_path, "td3_bc"), make_engine(model)
+    policy.spaces.z_score.mean += 0.1
+    assert "The policy was trained in other spaces than the engine's" in refusal(engine.roll_out, policy, starts(), generator())
+    assert engine.roll_out(policy.agent, starts(), generator()).action.isfinite().all()
+    assert "dynamics must be what load_dynamics gives" in refusal(RolloutEngine, [model], None, make_spaces(), HORIZON)
+    assert "spaces must be Spaces" in refusal(RolloutEngine, [model], None, SimpleNamespace(), HORIZON)
+
+
+def test_other_things_than_a_dataset_or_a_rollout_are_named(tmp_path):
+    save_diffusion(tmp_path)
+    assert isinstance(load_diffusion_model(tmp_path), DiffusionModel), "a run's folder will do"
+    assert "dataset must be what load_dataset gives" in refusal(load_diffusion_model, tmp_path, make_spaces())
+    trajectory = make_engine().roll_out(act, starts(), generator())
+    assert "trajectory must be what RolloutEngine.roll_out gives" in refusal(score, act, tuple(trajectory))
+    assert "reward_model must be what load_reward gives" in refusal(score, trajectory, act)
 
 
 def test_the_home_folder_in_paths_of_models(monkeypatch, tmp_path):

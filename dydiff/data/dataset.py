@@ -17,6 +17,7 @@ from dydiff.errors import DydiffError
 
 REQUIRED = ("observations", "actions", "rewards", "terminals")
 OPTIONAL = ("timeouts", "next_observations")
+NEXT_TOLERANCE = 1e-4  # within which next_observations is the observation of the row behind, relative to 1 + its size
 COLLECTOR = "dydiff collect"  # `metadata/source` of the files that the local collector writes
 
 
@@ -129,7 +130,31 @@ def dataset_from_arrays(
             f"Dataset {where!r}: next_observations has shape {following.shape} but observations {observations.shape}; "
             "the two must agree."
         )
+    if "timeouts" not in checked and "next_observations" in checked:
+        breaks = find_breaks(checked, d4rl.max_episode_steps(environment_of_file(name, metadata or {})))
+        if len(breaks):
+            raise DydiffError(
+                f"Dataset {where!r} has no timeouts, but {len(breaks)} episode(s) end within it, first in row {breaks[0]}, whose "
+                "next_observations is not the observation of the row behind: they would be glued together. Store a timeouts array "
+                "that marks the last row of every episode that time ended."
+            )
     return Dataset(name=name, path=path, metadata=dict(metadata or {}), **checked)
+
+
+def differs_from_row_behind(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Whether next_observations is not the observation of the row behind, for all rows but the last: [N - 1] bool."""
+    stored, shifted = arrays["next_observations"][:-1], arrays["observations"][1:]
+    with np.errstate(invalid="ignore"):
+        return (np.abs(stored - shifted) > NEXT_TOLERANCE * (1 + np.abs(shifted))).any(axis=1)
+
+
+def find_breaks(arrays: Mapping[str, np.ndarray], limit: int | None) -> np.ndarray:
+    """Rows that end an episode by next_observations alone: neither terminals nor `limit` steps since the last end say so."""
+    differs, terminals = differs_from_row_behind(arrays), arrays["terminals"][:-1]
+    ends = np.flatnonzero(differs | terminals)
+    lengths = np.diff(ends, prepend=-1)
+    early = np.full(len(ends), True) if limit is None else lengths < limit - 1
+    return ends[early & ~terminals[ends]]
 
 
 def _to_matrix(values: np.ndarray, key: str, where: str) -> np.ndarray:
