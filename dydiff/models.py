@@ -18,6 +18,7 @@ from dydiff.agents import AGENTS, Agent
 from dydiff.arguments import as_rows, describe
 from dydiff.checkpoint import load_checkpoint
 from dydiff.data import Dataset, Limits, Spaces, ZScore
+from dydiff.device import find_device
 from dydiff.diffusion.edm import Denoiser
 from dydiff.dynamics import DynamicsEnsemble
 from dydiff.errors import DydiffError
@@ -50,9 +51,10 @@ def load_diffusion_model(path: str | Path, dataset: Dataset | None = None, devic
     """Load a diffusion model; with `dataset`, insist that it was trained on that very data and its limits.
 
     Raises:
-        DydiffError: no such checkpoint, one of another kind, dataset or scaling, or one whose content does not fit together.
+        DydiffError: no such checkpoint or device, one of another kind, dataset or scaling, or one whose content does not fit
+            together.
     """
-    tree, manifest = _load(path, DIFFUSION, dataset)
+    tree, manifest = _load(path, DIFFUSION, dataset, device)
     with _consistent(path):
         denoiser = build_denoiser(manifest["network"], manifest["observation_dim"])
         denoiser.network.load_state_dict(tree["weights"])
@@ -105,7 +107,7 @@ class Policy:
 
 def load_policy(path: str | Path, device: str = "cpu") -> Policy:
     """Load a policy checkpoint (`agent.safetensors`, `agent-best.safetensors`, ...); raises as `load_diffusion_model`."""
-    tree, manifest = _load(path, POLICY, None)
+    tree, manifest = _load(path, POLICY, None, device)
     with _consistent(path):
         agent = AGENTS[manifest["algorithm"]](**manifest["model"], device=device)
         agent.load_state_dict(tree["agent"])
@@ -160,7 +162,7 @@ def in_raw_space(policy: Callable[[Tensor], Tensor], spaces: Spaces) -> Callable
 def _load_one_step(
     path: str | Path, kind: str, build: type[OneStep], dataset: Dataset | None, device: str, spaces: Spaces | None
 ) -> OneStep:
-    tree, manifest = _load(path, kind, dataset)
+    tree, manifest = _load(path, kind, dataset, device)
     with _consistent(path):
         if spaces is not None and "scaling" in manifest:  # published files do not tell theirs
             _check_scaling(path, kind, manifest["scaling"], describe_scaling(spaces))
@@ -169,7 +171,8 @@ def _load_one_step(
         return model.to(device).eval().requires_grad_(False)
 
 
-def _load(path: str | Path, kind: str, dataset: Dataset | None) -> tuple[Any, dict[str, Any]]:
+def _load(path: str | Path, kind: str, dataset: Dataset | None, device: str) -> tuple[Any, dict[str, Any]]:
+    find_device(device)
     file = Path(os.path.expanduser(path))
     if file.is_dir():  # a run
         file /= "agent.safetensors" if kind == POLICY else "model.safetensors"

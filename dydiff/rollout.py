@@ -253,6 +253,7 @@ def _check_sampler(sampler: Mapping[str, float] | None) -> None:
             nearest = difflib.get_close_matches(str(name).lower(), SAMPLER_SETTINGS, n=1)
             hint = f"did you mean '{nearest[0]}'?" if nearest else f"choose one of {', '.join(SAMPLER_SETTINGS)}."
             raise DydiffError(f"sampler has no setting {name!r}: {hint}")
+    check_count("sampler's num_steps", (sampler or {}).get("num_steps", DEFAULTS["num_steps"]), 2)
 
 
 def _fitting_denoiser(model: Denoiser | TrainedModel, spaces: Spaces, horizon: int) -> Denoiser:

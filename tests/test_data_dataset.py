@@ -283,6 +283,12 @@ def test_environment_prefers_metadata():
     assert dataset_from_arrays(arrays, "x", metadata={"environment": "my-robot"}).environment == "my-robot"
 
 
+def test_an_environments_version_names_the_simulator():
+    versions = ("Walker2d-v5", "Walker2d-v4", "walker2d")
+    made = [dataset_from_arrays(make_arrays(), "x", metadata={"environment": version}) for version in versions]
+    assert [dataset.backend for dataset in made] == ["gymnasium-v5", None, None]
+
+
 def test_fingerprint_depends_on_every_array_and_nothing_else():
     arrays = make_arrays()
     reference = dataset_from_arrays(arrays, "a").fingerprint

@@ -151,6 +151,7 @@ def test_other_arguments_of_roll_out_are_named():
         ({"sampler": {"S_churn": 0}}, ["sampler has no setting 'S_churn': did you mean 's_churn'?"]),
         ({"sampler": {"backend": "reference"}}, ["sampler has no setting 'backend'"]),
         ({"sampler": {"zzz": 0}}, ["choose one of num_steps, sigma_min", "inpaint_churn."]),
+        ({"sampler": {"num_steps": 1}}, ["sampler's num_steps", "at least 2, not 1"]),
         ({"sampler": 34}, ["sampler must be a dictionary", "not 34"]),
         ({"spaces": make_spaces(4)}, ["spaces.observation_dim is 4", "made for 3"]),
         ({"spaces": make_spaces().to("meta")}, ["spaces.device is meta", "made for cpu"]),
@@ -196,6 +197,8 @@ def test_spaces_of_another_dataset_are_noticed(tmp_path):
 def test_other_things_than_a_dataset_or_a_rollout_are_named(tmp_path):
     save_diffusion(tmp_path)
     assert isinstance(load_diffusion_model(tmp_path), DiffusionModel), "a run's folder will do"
+    if not torch.cuda.is_available():
+        assert "PyTorch finds no CUDA GPU" in refusal(load_diffusion_model, tmp_path, None, "cuda")
     assert "dataset must be what load_dataset gives" in refusal(load_diffusion_model, tmp_path, make_spaces())
     trajectory = make_engine().roll_out(act, starts(), generator())
     assert "trajectory must be what RolloutEngine.roll_out gives" in refusal(score, act, tuple(trajectory))

@@ -12,7 +12,7 @@ import numpy as np
 
 from dydiff.data import d4rl
 from dydiff.data.files import Scalar
-from dydiff.environments import D4RL_COMPAT, ENVIRONMENTS
+from dydiff.environments import D4RL_COMPAT, ENVIRONMENTS, GYMNASIUM_V5
 from dydiff.errors import DydiffError
 
 REQUIRED = ("observations", "actions", "rewards", "terminals")
@@ -64,10 +64,12 @@ class Dataset:
         """The simulator to evaluate on unless another is asked for: the one that made the data, as far as that is known.
 
         What a file says of itself, or d4rl-compat for D4RL's locomotion names: their scores are compared with those of
-        others, and today's stock MuJoCo moves them by half. None where nothing is known.
+        others, and today's stock MuJoCo moves them by half. None where nothing is known, or it was a simulator from elsewhere.
         """
         spec = ENVIRONMENTS.get(self.environment or "")
         stated = self.metadata.get("backend")
+        if stated is None and str(self.metadata.get("environment", "")).endswith("-v5"):
+            stated = GYMNASIUM_V5
         if spec is not None and stated in spec.backends:
             return stated
         return D4RL_COMPAT if spec is not None and d4rl.is_d4rl_name(self.name) and D4RL_COMPAT in spec.backends else None
