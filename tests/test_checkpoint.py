@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked import children
 from safetensors.torch import save_file
-from test_resume import assert_equal_trees, children
+from test_resume import assert_equal_trees
 
 from dydiff.checkpoint import FORMAT, load_checkpoint, save_checkpoint, write_atomically
 from dydiff.errors import DydiffError

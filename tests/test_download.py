@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import h5py
 import numpy as np
 import pytest
-from test_resume import children
+from forked import children
 
 from dydiff.cli import main
 from dydiff.data import dataset_path, dataset_url, download, load_dataset

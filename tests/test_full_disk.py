@@ -13,9 +13,9 @@ import pytest
 import tiny
 import torch
 from conftest import DATASET
+from forked import children
 from small_disk import fill, run_on_small_disk
 from test_download import NAME, server  # noqa: F401 - a fixture
-from test_resume import children
 
 from dydiff.checkpoint import load_checkpoint, save_checkpoint
 from dydiff.cli import main
