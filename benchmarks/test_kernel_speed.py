@@ -18,7 +18,7 @@ from dydiff.networks.unet import ResidualBlock
 
 unet_triton = pytest.importorskip("dydiff.kernels.unet_triton")
 unet_cudnn = pytest.importorskip("dydiff.kernels.unet_cudnn")
-winograd_triton = pytest.importorskip("dydiff.kernels.winograd_triton")
+unet_winograd = pytest.importorskip("dydiff.kernels.unet_winograd")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="kernel speed is measured on a CUDA card; there is none")
 
 BATCH, TAPS, CALLS = 2048, 5, 10
@@ -53,7 +53,7 @@ class EagerBlocks(ReferenceBlocks):
 
 def make_blocks(variant: str):
     makers = {"eager": EagerBlocks, "triton-a": unet_triton.FusedBlocks, "triton-b": unet_triton.TwoPassBlocks}
-    makers |= {"cudnn": unet_cudnn.CudnnBlocks, "triton-c": winograd_triton.TritonWinogradBlocks}
+    makers |= {"cudnn": unet_cudnn.CudnnBlocks, "triton-c": unet_winograd.WinogradBlocks}
     return makers[variant](torch.float16)
 
 
@@ -79,7 +79,15 @@ def test_residual_block(benchmark, shape, variant):
     def prepare(blocks, batch: int):
         parts = [blocks.enter(part) for part in x[:batch].split([width, skip_width], dim=2) if part.shape[2]]
         packed = blocks.pack(block.state_dict())
-        return lambda: blocks.residual_block(parts[0], parts[1] if skip_width else None, packed, time_bias)
+
+        def compute():
+            result = blocks.residual_block(parts[0], parts[1] if skip_width else None, packed, time_bias)
+            if isinstance(result, unet_winograd.Value):  # to be computed, for a convolution that comes next
+                blocks.points(result)
+                return result.rows
+            return result
+
+        return compute
 
     run = prepare(make_blocks(variant), BATCH)
     expected = prepare(ReferenceBlocks(), 32)().transpose(1, 2)  # [B, L, C]

@@ -8,7 +8,7 @@
     cudnn       GPU: float16, cuDNN's convolutions and one kernel for what follows each (kernels/unet_cudnn.py)
     triton-a    GPU: float16, one kernel a convolution with its normalisation, where a tile holds whole samples; else triton-b
     triton-b    GPU: float16, the convolution as one matrix product and a second pass for the normalisation
-    triton-c    GPU: float16, Winograd convolutions whose products are cuBLAS's (kernels/winograd_triton.py)
+    triton-c    GPU: float16, Winograd convolutions whose products are cuBLAS's (kernels/unet_winograd.py)
     auto        the fastest that keeps rollouts within 2e-2 of float32: on the CPU bf16, where the processor multiplies bfloat16,
                 else winograd, and neither where norms go over too few elements; on a GPU the fastest of those in float16 that
                 a trial there, with the network's own weights, finds right and faster than float32; else, and for networks that
@@ -81,7 +81,7 @@ def apply_backend(denoiser: Denoiser, backend: str) -> SamplingDenoiser:
 def _make_gpu_blocks(denoiser: Denoiser, backend: str, device: torch.device) -> Blocks:
     from dydiff.kernels import unet_triton  # these import triton, which only a GPU needs
     from dydiff.kernels.unet_cudnn import CudnnBlocks
-    from dydiff.kernels.winograd_triton import TritonWinogradBlocks
+    from dydiff.kernels.unet_winograd import WinogradBlocks
 
     reason = unet_triton.why_unavailable(device)
     if reason:
@@ -93,7 +93,7 @@ def _make_gpu_blocks(denoiser: Denoiser, backend: str, device: torch.device) -> 
         "cudnn": CudnnBlocks,
         "triton-a": partial(unet_triton.FusedBlocks, kernel_size=taps),
         "triton-b": partial(unet_triton.TwoPassBlocks, kernel_size=taps),
-        "triton-c": TritonWinogradBlocks,
+        "triton-c": WinogradBlocks,
     }
     return make[backend](torch.float16)
 

@@ -1,8 +1,8 @@
 """What the U-Net's blocks share on every device where activations are [B, L, C], channels last: all but the block's convolution.
 
 Then every other layer is a matrix product over contiguous rows: the 1x1 convolutions over B L of them, down- and upsampling over
-rows of three and two positions that overlap. Which convolution a block has is the business of the backend: unet_cpu.py,
-winograd_triton.py, unet_cudnn.py.
+rows of three and two positions that overlap. Which convolution a block has is the business of the backend: unet_cpu.py or
+unet_cudnn.py.
 """
 
 from __future__ import annotations

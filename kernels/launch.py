@@ -128,7 +128,7 @@ class Launch:
     stages: int = 1
 
     def run(self) -> None:
-        """Start the kernel on the device and the current stream of its output `out`."""
-        device = self.arguments["out"].device
+        """Start the kernel on the device of its arguments and on the current stream there."""
+        device = next(value.device for value in self.arguments.values() if isinstance(value, torch.Tensor))
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             self.kernel[self.grid](**self.arguments, num_warps=self.warps, num_stages=self.stages)

@@ -8,8 +8,9 @@ A transposed convolution (k4 s2 p1) is two convolutions with two taps each, one 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -46,11 +47,21 @@ class Convolution:
         return self.matrices[widths]
 
 
+class Filters(Protocol):
+    """The weights of a block's convolution, as the backend wants them, and its bias [C_out] float32."""
+
+    bias: Tensor
+
+
+# What makes them of weight [C_out, C_in, K] and bias [C_out] in a dtype.
+PackFilters = Callable[[Tensor, Tensor, torch.dtype], Filters]
+
+
 @dataclass
 class ConvBlock:
     """Convolution, GroupNorm with this scale and shift [C_out] float32, Mish."""
 
-    convolution: Convolution
+    convolution: Filters
     scale: Tensor
     shift: Tensor
 
@@ -73,7 +84,7 @@ class ResidualBlock:
     def residual_of(self, sources: tuple[Activation, ...]) -> Residual:
         """What the block adds; a concatenation that is as wide as the output needs a convolution that joins its sources."""
         if self.residual is None and len(sources) > 1:
-            self.residual = identity(len(self.block2.scale), self.block2.convolution)
+            self.residual = identity(self.block2.convolution.bias, sources[0].rows.dtype)
         return Residual(sources, self.residual)
 
 
@@ -90,21 +101,25 @@ def pack_convolution(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Convol
     return Convolution(phases.to(dtype, copy=True).contiguous(), bias.to(torch.float32, copy=True))
 
 
-def identity(columns: int, like: Convolution) -> Convolution:
-    """The 1x1 convolution that changes nothing, exactly."""
-    phases = torch.eye(columns, dtype=like.phases.dtype, device=like.phases.device)[None, None]
-    return Convolution(phases, torch.zeros_like(like.bias))
+def identity(like: Tensor, dtype: torch.dtype) -> Convolution:
+    """The 1x1 convolution that changes nothing, exactly; like: a bias of its width."""
+    return Convolution(torch.eye(len(like), dtype=dtype, device=like.device)[None, None], torch.zeros_like(like))
 
 
-def pack(weights: dict[str, Tensor], dtype: torch.dtype) -> ResidualBlock | ConvBlock | Convolution:
-    """The weights of a residual block, a convolution block or a single convolution, told apart by their names."""
+def pack(
+    weights: dict[str, Tensor], dtype: torch.dtype, pack_filters: PackFilters = pack_convolution
+) -> ResidualBlock | ConvBlock | Convolution:
+    """The weights of a residual block, a convolution block or a single convolution, told apart by their names.
 
-    def convolution(prefix: str) -> Convolution:
-        return pack_convolution(weights[prefix + "weight"].detach(), weights[prefix + "bias"].detach(), dtype)
+    pack_filters: what packs the convolutions of blocks; all others are a `Convolution`.
+    """
+
+    def convolution(prefix: str, pack_one: PackFilters = pack_convolution) -> Filters:
+        return pack_one(weights[prefix + "weight"].detach(), weights[prefix + "bias"].detach(), dtype)
 
     def block(prefix: str) -> ConvBlock:
         scale, shift = (weights[f"{prefix}norm.{name}"].detach().to(torch.float32, copy=True) for name in ("weight", "bias"))
-        return ConvBlock(convolution(prefix + "conv."), scale, shift)
+        return ConvBlock(convolution(prefix + "conv.", pack_filters), scale, shift)
 
     if "block1.conv.weight" in weights:
         residual = convolution("residual.") if "residual.weight" in weights else None

@@ -5,7 +5,7 @@ layout is its own, through the network; only `enter` and `leave` see `[B, H, D]`
 `dydiff.networks.unet` (`block1.conv.weight` is [C_out, C_in, K], GroupNorm has 8 groups over channels-in-group x horizon). All
 samples of a batch share one noise level, so a block's noise embedding is one bias per channel, `time_bias [C_out]`, computed
 once per checkpoint and schedule. Here activations are plain `[B, C, L]` tensors of the weights' dtype. The
-other backends are unet_cudnn.py, unet_triton.py and winograd_triton.py (NVIDIA cards, 16 bit) and unet_cpu.py (CPU).
+other backends are unet_cudnn.py, unet_triton.py and unet_winograd.py (NVIDIA cards, 16 bit) and unet_cpu.py (CPU).
 """
 
 from __future__ import annotations

@@ -102,8 +102,11 @@ class TwoPassBlocks:
         return self.convolve((x,), packed, Form(gapped=True))
 
     def leave(self, x: Activation, final_block: ConvBlock, final_conv: Convolution) -> Tensor:
-        hidden = self.conv_block((x,), final_block)
-        y = self.convolve((hidden,), final_conv, Form(dtype=torch.float32))  # [B H, D]
+        return self.project(self.conv_block((x,), final_block), final_conv)
+
+    def project(self, x: Activation, packed: Convolution) -> Tensor:
+        """The network's last 1x1 convolution -> [B, H, D] float32."""
+        y = self.convolve((x,), packed, Form(dtype=torch.float32))  # [B H, D]
         return y.view(x.batch, x.length, y.shape[1])
 
     def conv_block(

@@ -14,7 +14,7 @@ the figures are for products of independent rows:
           farther down, of which tiles of 13 waste a row in 26.
 
 Every matrix product runs over B ceil(L / tile) contiguous rows. What is done around the products is the business of the device:
-unet_cpu.py (C++, bfloat16 and float32) and winograd_triton.py (NVIDIA cards, 16 bit).
+unet_cpu.py (C++, bfloat16 and float32) and unet_winograd.py (NVIDIA cards, 16 bit).
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from dydiff.kernels import fused_block, launch, unet_cudnn, unet_triton, winograd_triton  # noqa: E402
+from dydiff.kernels import fused_block, launch, unet_cudnn, unet_triton, unet_winograd  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "profiling"))
 import tune_kernels  # noqa: E402
@@ -152,14 +152,20 @@ def test_normalisation_and_odd_widths_compile_well(capability, compile_launch):
 
 @pytest.mark.parametrize("horizon", [32, 100, 256])
 @pytest.mark.parametrize("capability", SHARED_LIMIT)
-@pytest.mark.parametrize("blocks", [winograd_triton.TritonWinogradBlocks, unet_cudnn.CudnnBlocks])
-def test_what_is_around_products_compiles_well(capability, blocks, horizon, compile_launch):
+@pytest.mark.parametrize("backend", ["triton-c", "cudnn"])
+def test_what_is_around_products_compiles_well(capability, backend, horizon, compile_launch):
     """Every launch of an evaluation: nothing spilled, and 16 bytes a load and store where the tile is large enough."""
     launches: list[launch.Launch] = []
     with torch.device("meta"):
         unet, x, label = UNet(14, horizon), torch.empty(2048, horizon, 14), torch.empty(1)
-    fused = FusedUNet(unet, blocks(execute=launches.append))
+    if backend == "cudnn":
+        blocks = unet_cudnn.CudnnBlocks(execute=launches.append)
+    else:
+        blocks = unet_winograd.WinogradBlocks(capability=capability, execute=launches.append)
+    fused = FusedUNet(unet, blocks)
     fused(x, fused.time_table(label)[0])
+    accesses = {"input_kernel": (9, 10), "output_kernel": (10, 5), "finish_kernel": (1, 1)}  # loads and stores of a tile
+    launches = [one for one in launches if one.kernel.__name__ in accesses]
 
     def distinct(recorded: launch.Launch) -> tuple:
         return recorded.kernel.__name__, *(value for value in recorded.arguments.values() if not isinstance(value, torch.Tensor))
@@ -169,9 +175,14 @@ def test_what_is_around_products_compiles_well(capability, blocks, horizon, comp
         assert spilled_bytes(kernel) == 0 and kernel.metadata.shared <= SHARED_LIMIT[capability]
         tile = [recorded.arguments[name] for name in ("TILES", "ROWS", "COLUMNS") if name in recorded.arguments]
         pieces = math.prod(tile) // (256 * recorded.warps)  # of 16 bytes that a thread has of a tile
+        code, (loads, stores) = kernel.asm["ptx"], accesses[recorded.kernel.__name__]
+        if recorded.kernel.__name__ == "output_kernel" and recorded.arguments["points"] is not None:
+            # Rows, then what other threads wrote of them, and only then the points
+            rows, after = code.rsplit("bar.sync", 1)
+            assert (rows.count("st.global.v4.b32"), after.count("st.global.v4.b32")) == (5 * pieces, 10 * pieces)
+            assert "ld.global" in after
+            loads, stores = loads + 4, stores + 10
         if pieces:
-            code = kernel.asm["ptx"]
-            loads, stores = {"input_kernel": (9, 10), "output_kernel": (10, 5), "finish_kernel": (1, 1)}[recorded.kernel.__name__]
             assert code.count("ld.global.v4.b32") >= loads * pieces and code.count("st.global.v4.b32") == stores * pieces
 
 

@@ -30,7 +30,7 @@ import interpreter  # noqa: E402
 from dydiff.kernels import fused_block, launch, unet_triton  # noqa: E402
 from dydiff.kernels.channels_last import ChannelsLastBlocks  # noqa: E402
 from dydiff.kernels.unet_cudnn import CudnnBlocks  # noqa: E402
-from dydiff.kernels.winograd_triton import TritonWinogradBlocks  # noqa: E402
+from dydiff.kernels.unet_winograd import Value, WinogradBlocks  # noqa: E402
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -40,13 +40,13 @@ on_kernels = pytest.mark.skipif(
 )
 
 
-def on_every_card(blocks: type[ChannelsLastBlocks]):
-    """The same code for all capabilities, and for the kernel sizes that it is for."""
-    return lambda dtype=torch.float16, kernel_size=5, capability=None: blocks(dtype)
-
-
-CHANNELS_LAST = {"cudnn": on_every_card(CudnnBlocks), "triton-c": on_every_card(TritonWinogradBlocks)}
-BACKENDS = {"triton-a": unet_triton.FusedBlocks, "triton-b": unet_triton.TwoPassBlocks, **CHANNELS_LAST}
+BACKENDS = {
+    "cudnn": lambda dtype=torch.float16, kernel_size=5, capability=None: CudnnBlocks(dtype),  # the same on every card
+    "triton-a": unet_triton.FusedBlocks,
+    "triton-b": unet_triton.TwoPassBlocks,
+    "triton-c": lambda dtype=torch.float16, kernel_size=5, capability=None: WinogradBlocks(dtype, capability),
+}
+A_SAMPLE_A_PROGRAM = "cudnn", "triton-c"  # or a few of them; the same code for all capabilities
 # Both precisions; where there is no card to decide, one each with the code for A100s and for H100s.
 PRECISIONS = [(torch.float16, CAPABILITIES[0]), (torch.bfloat16, CAPABILITIES[-1])]
 
@@ -103,12 +103,21 @@ def seeded(make, *arguments) -> nn.Module:
     return module.eval().requires_grad_(False).to(DEVICE)
 
 
-def plain(activation, channels_last: bool = False) -> Tensor:
-    """Any backend's activation as [B, C, L] float64; a gapped one must have zeros in its gaps."""
+def rows_of(activation, blocks) -> Tensor:
+    """What a backend computed, as it stores it: of an activation its rows."""
+    if isinstance(activation, Value):
+        activation = blocks.rows(activation)
+    return activation if isinstance(activation, Tensor) else activation.rows
+
+
+def plain(activation, blocks, has_left: bool = False) -> Tensor:
+    """Any backend's activation as [B, C, L] float64, a gapped one with zeros in its gaps; or what has left it."""
+    rows = rows_of(activation, blocks).double()
     if isinstance(activation, Tensor):
-        return activation.transpose(1, 2).double() if channels_last else activation.double()
+        return rows.transpose(1, 2) if isinstance(blocks, ChannelsLastBlocks) and not has_left else rows
+    if isinstance(activation, Value):
+        activation = activation.rows
     gap, pitch = activation.gap, activation.pitch
-    rows = activation.rows.double()
     assert not rows[:gap].any()
     samples = rows[gap:].view(activation.batch, pitch, -1)
     assert not samples[:, activation.length :].any()
@@ -118,9 +127,10 @@ def plain(activation, channels_last: bool = False) -> Tensor:
 def assert_as_good_as_pytorch(compute, dtype: torch.dtype, backend, has_left: bool = False) -> None:
     """compute(blocks) -> result, an activation or what `leave` made of it (`has_left`); the kernels' largest error is at most
     twice that of PyTorch in the same precision."""
-    exact = plain(compute(unet_reference.ReferenceBlocks(torch.float64)))
-    reference = plain(compute(unet_reference.ReferenceBlocks(dtype)))
-    result = plain(compute(backend), isinstance(backend, ChannelsLastBlocks) and not has_left)
+    exact, reference, result = (
+        plain(compute(blocks), blocks, has_left)
+        for blocks in (unet_reference.ReferenceBlocks(torch.float64), unet_reference.ReferenceBlocks(dtype), backend)
+    )
     floor = torch.finfo(dtype).eps / 2 * exact.abs().max()
     assert result.shape == exact.shape
     assert (result - exact).abs().max() <= 2 * torch.maximum((reference - exact).abs().max(), floor)
@@ -139,7 +149,8 @@ def with_backends(shapes: list[tuple], enough: int) -> list[tuple[tuple, str]]:
     fitting = [(shape, backend) for shape in shapes for backend in BACKENDS if backend != "triton-c" or shape[-1] == 5]
     if not INTERPRETED:
         return fitting
-    return [((min(shape[0], enough), *shape[1:]) if backend in CHANNELS_LAST else shape, backend) for shape, backend in fitting]
+    fewer = {shape: (min(shape[0], enough), *shape[1:]) for shape in shapes}
+    return [(fewer[shape] if backend in A_SAMPLE_A_PROGRAM else shape, backend) for shape, backend in fitting]
 
 
 # B, L, channels of x, of skip (0: none), C_out, taps
@@ -158,7 +169,7 @@ def with_precisions(cases: list[tuple[tuple, str]]) -> list[tuple]:
     """Each case in both precisions; interpreted, a backend whose code is the same on every card has the second one once."""
     chosen, seen = [], set()
     for shape, backend in cases:
-        both = not INTERPRETED or backend not in CHANNELS_LAST or backend not in seen
+        both = not INTERPRETED or backend not in A_SAMPLE_A_PROGRAM or backend not in seen
         seen.add(backend)
         chosen += [(shape, backend, *precision) for precision in PRECISIONS[: 2 if both else 1]]
     return chosen
@@ -192,6 +203,22 @@ def test_every_tile_of_the_convolution(tile, capability, monkeypatch):
         return blocks.residual_block(blocks.enter(x), None, blocks.pack(block.state_dict()), draw(160, seed=2))
 
     assert_as_good_as_pytorch(compute, torch.float16, unet_triton.TwoPassBlocks(capability=capability))
+
+
+@on_kernels
+@pytest.mark.parametrize(("length", "channels"), [(25, 64), (13, 24), (4, 8)])
+def test_points_are_those_of_the_rows(length, channels):
+    """Whether a block's last kernel makes them, or another one from its rows later; the former has rows of its tile in float32."""
+    blocks = WinogradBlocks()
+    packed, time_bias = blocks.pack(seeded(ResidualBlock, channels, channels, 8, 5).state_dict()), draw(channels, seed=1)
+    x = draw(4, length, channels)  # of 25 positions, a program has three samples
+    one, other = (blocks.residual_block(blocks.enter(x), None, packed, time_bias) for _ in range(2))
+    blocks.rows(other)
+    assert other.points is None
+    points, later = blocks.points(one), blocks.points(other)
+    assert torch.equal(one.rows.rows, other.rows.rows)
+    assert points.shape == later.shape == (10, 4 * -(-length // 5), channels)
+    assert (points - later).abs().max() <= 2 * torch.finfo(torch.float16).eps * later.abs().max()
 
 
 @on_kernels
@@ -270,7 +297,7 @@ def test_whole_network(shape, backend):
 
 @on_kernels
 def test_backends_by_name():
-    classes = CudnnBlocks, unet_triton.FusedBlocks, unet_triton.TwoPassBlocks, TritonWinogradBlocks
+    classes = CudnnBlocks, unet_triton.FusedBlocks, unet_triton.TwoPassBlocks, WinogradBlocks
     denoiser = Denoiser(UNet(3, 8, 8, (1, 2), kernel_size=5), 2).to(DEVICE)
     for backend, kind in zip(ON_GPU, classes, strict=True):
         blocks = apply_backend(denoiser, backend).unet.blocks
@@ -284,12 +311,11 @@ def test_twice_is_the_same_and_nothing_is_nothing(backend):
     packed, time_bias = blocks.pack(seeded(ResidualBlock, 64, 128, 8, 5).state_dict()), draw(128, seed=1)
 
     def run(x: Tensor) -> Tensor:
-        y = blocks.residual_block(blocks.enter(x), None, packed, time_bias)
-        return y if isinstance(y, Tensor) else y.rows
+        return rows_of(blocks.residual_block(blocks.enter(x), None, packed, time_bias), blocks)
 
     x = draw(2 if INTERPRETED else 7, 25, 64)  # the interpreter has but one order of its programs
     assert torch.equal(run(x), run(x))
-    assert run(x[:0]).shape == ((0, 25, 128) if backend in CHANNELS_LAST else (2, 128))  # one gap
+    assert run(x[:0]).shape == ((0, 25, 128) if backend == "cudnn" else (2, 128))  # one gap
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
