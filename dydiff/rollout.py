@@ -198,28 +198,26 @@ class RolloutEngine:
                 sampled = self._sample(first, action, generator, draw, guess)
             observation = (observation + sampled[..., : self.spaces.observation_dim]) / 2
             with named_range("relabel"):
-                action = self._act(policy, observation)
+                action = self._act(policy, self.spaces.observation_model_to_policy(observation))
         return Trajectory(self.spaces.observation_model_to_policy(observation), self.spaces.action_model_to_policy(action))
 
     def _act(self, policy: Policy, observation: Tensor) -> Tensor:
-        """The policy's actions for observations [..., O], both in model space."""
-        rows = self.spaces.observation_model_to_policy(observation).flatten(0, -2)
+        """The policy's actions, in model space, for observations [..., O] in policy space."""
+        rows = observation.flatten(0, -2)
         remedy = "It holds the action, in [-1, 1], of every observation that the policy was given."
         action = as_rows("What the policy returns", policy(rows), len(rows), self.spaces.action_dim, rows.device, remedy)
         return self.spaces.action_policy_to_model(action).unflatten(0, observation.shape[:-1])
 
     def _start_autoregressively(self, policy: Policy, first: Tensor, generator: torch.Generator) -> Trajectory:
         """The single-step rollout, o[h+1] = f(o[h], policy(o[h])): first [B, O] -> H rows, all in model space."""
-        observations, actions = [first], [self._act(policy, first)]
+        seen = self.spaces.observation_model_to_policy(first)
+        observations, actions = [first], [self._act(policy, seen)]
         predict = self.dynamics.predictor()
         for _ in range(self.horizon - 1):
-            following = predict(
-                self.spaces.observation_model_to_policy(observations[-1]),
-                self.spaces.action_model_to_policy(actions[-1]),
-                generator,
-            )
+            following = predict(seen, self.spaces.action_model_to_policy(actions[-1]), generator)
             observations.append(self.spaces.observation_policy_to_model(following))
-            actions.append(self._act(policy, observations[-1]))
+            seen = self.spaces.observation_model_to_policy(observations[-1])
+            actions.append(self._act(policy, seen))
         return Trajectory(torch.stack(observations, dim=1), torch.stack(actions, dim=1))
 
     def _sample(self, first: Tensor, action: Tensor, generator: torch.Generator, draw: Draw, guess: Tensor | None) -> Tensor:

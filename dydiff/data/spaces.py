@@ -112,6 +112,18 @@ class ZScore(nn.Module):
         return torch.addcmul(self.mean, policy, self.std)
 
 
+class _Affine(nn.Module):
+    """x * factor + shift by column, in one operation: what a chain of conversions comes to, rounded once."""
+
+    def __init__(self, factor: Tensor, shift: Tensor):
+        super().__init__()
+        self.register_buffer("factor", factor.float(), persistent=False)
+        self.register_buffer("shift", shift.float(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.shift, x, self.factor)
+
+
 class Spaces(nn.Module):
     """Every conversion between raw, policy and model space for O observation and A action columns.
 
@@ -145,6 +157,11 @@ class Spaces(nn.Module):
         self.z_score = z_score
         self.register_buffer("action_center", 0.5 * (high + low))
         self.register_buffer("action_half_range", 0.5 * (high - low))
+        # A rollout changes between policy and model space four times a step, so these are one operation and not three to five.
+        mean, std, inverse_std = (each.double() for each in (z_score.mean, z_score.std, z_score.inverse_std))
+        self._observation_to_model, self._observation_to_policy = _between(self.observation_limits, mean, std, inverse_std)
+        center, half = self.action_center.double(), self.action_half_range.double()
+        self._action_to_model, self._action_to_policy = _between(self.action_limits, center, half, 1.0 / half)
 
     @classmethod
     def from_dataset(
@@ -173,11 +190,11 @@ class Spaces(nn.Module):
 
     def observation_policy_to_model(self, observation: Tensor) -> Tensor:
         """Turn standardised observations into limits-scaled ones; not clipped."""
-        return self.observation_limits.normalize(self.z_score.unnormalize(observation))
+        return self._observation_to_model(observation)
 
     def observation_model_to_policy(self, observation: Tensor) -> Tensor:
         """Clip limits-scaled observations to [-1, 1] and standardise them."""
-        return self.z_score.normalize(self.observation_limits.unnormalize(observation))
+        return self._observation_to_policy(observation.clamp(-1.0, 1.0))
 
     def action_raw_to_policy(self, action: Tensor) -> Tensor:
         """Scale raw actions from the environment's range to [-1, 1]; not clipped."""
@@ -189,11 +206,11 @@ class Spaces(nn.Module):
 
     def action_policy_to_model(self, action: Tensor) -> Tensor:
         """Turn actions in [-1, 1] into limits-scaled ones; not clipped."""
-        return self.action_limits.normalize(self.action_policy_to_raw(action))
+        return self._action_to_model(action)
 
     def action_model_to_policy(self, action: Tensor) -> Tensor:
         """Clip limits-scaled actions to the dataset's limits and scale them to the policy's [-1, 1]."""
-        return self.action_raw_to_policy(self.action_limits.unnormalize(action))
+        return self._action_to_policy(action.clamp(-1.0, 1.0))
 
     @torch.no_grad()
     def transitions_to_policy(self, transitions: Transitions, device: torch.device | str) -> Transitions:
@@ -209,6 +226,14 @@ class Spaces(nn.Module):
             next_observation=self.observation_raw_to_policy(load(transitions.next_observation)).to(device),
             terminal=load(transitions.terminal).to(device),
         )
+
+
+def _between(limits: Limits, center: Tensor, spread: Tensor, inverse_spread: Tensor) -> tuple[_Affine, _Affine]:
+    """From a space whose raw values are center + spread x to model space, and back (of clipped values); float64 columns."""
+    minimum, scale, half_range = limits.minimum.double(), limits.scale.double(), limits.half_range.double()
+    to_model = _Affine(spread * scale, limits.offset.double() + (center - minimum) * scale)
+    back = _Affine(half_range * inverse_spread, (minimum + half_range - center) * inverse_spread)
+    return to_model, back
 
 
 def _to_buffer(values: Tensor | np.ndarray) -> Tensor:
