@@ -61,3 +61,16 @@ class ReferenceBlocks:
         weight = packed[prefix + "conv.weight"]  # [C_out, C_in, K], K odd
         y = F.conv1d(x, weight, packed[prefix + "conv.bias"], padding=weight.shape[-1] // 2)
         return F.mish(F.group_norm(y, GROUPS, packed[prefix + "norm.weight"], packed[prefix + "norm.bias"]))
+
+
+def finish_block(x: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, time: Tensor | None, residual: Tensor | None) -> Tensor:
+    """mish(group_norm(x + bias)) + time + residual -> [B, L, C]: what follows a convolution in a block, channels last.
+
+    x and residual [B, L, C] of one dtype, in which it is computed; bias, scale, shift [C] and time [B or 1, C]. time and residual
+    may be absent.
+    """
+    columns = (x + bias.to(x.dtype)).transpose(1, 2)
+    y = F.mish(F.group_norm(columns, GROUPS, scale.to(x.dtype), shift.to(x.dtype))).transpose(1, 2)
+    if time is not None:
+        y = y + time.to(x.dtype)[:, None]
+    return y if residual is None else y + residual

@@ -1,4 +1,4 @@
-"""Triton's interpreter as tests need it: right in bfloat16, and without the work that it repeats for every call and operation."""
+"""Triton's interpreter as tests need it: right in bfloat16, and without work that it repeats for every call and operation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class NothingToRestore:
 def prepare(patch: pytest.MonkeyPatch) -> None:
     """Change the interpreter, in a process whose kernels are all interpreted, as long as the patch lasts."""
     _widen_bfloat16(patch)
-    for name, quicker in (("_patch_lang", _patched_once), ("_get_np_dtype", _looked_up)):
+    for name, quicker in (("_patch_lang", _patched_once), ("_get_np_dtype", _looked_up), ("_convert_float", _rounded)):
         if hasattr(interpreter, name):  # these are internals, and another Triton may do without them
             patch.setattr(interpreter, name, quicker(getattr(interpreter, name)))
 
@@ -38,6 +38,22 @@ def _widen_bfloat16(patch: pytest.MonkeyPatch) -> None:
         return dot(self, widened(a), widened(b), *arguments)
 
     patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+def _rounded(convert: Callable) -> Callable:
+    """It cuts float32 to bfloat16, where cards round to the nearest, and takes long for the other direction."""
+    float32, bfloat16 = triton.language.float32, triton.language.bfloat16
+
+    def round_to_nearest(values, source, target, mode):
+        if (source, target) == (float32, bfloat16):
+            bits = np.asarray(values, np.float32).view(np.uint32)
+            even = bits + 0x7FFF + ((bits >> 16) & 1)
+            return np.where(np.isnan(values), 0x7FC0, even >> 16).astype(np.uint16)
+        if (source, target) == (bfloat16, float32):
+            return np.asarray(values).view(np.uint16).astype(np.uint32) << 16
+        return convert(values, source, target, mode)
+
+    return round_to_nearest
 
 
 def _patched_once(patch_language: Callable) -> Callable:

@@ -24,7 +24,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from dydiff.kernels import fused_block, launch, unet_cudnn, unet_triton, unet_winograd  # noqa: E402
+from dydiff.kernels import finish, fused_block, launch, unet_cudnn, unet_triton, unet_winograd  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "profiling"))
 import tune_kernels  # noqa: E402
@@ -184,6 +184,24 @@ def test_what_is_around_products_compiles_well(capability, backend, horizon, com
             loads, stores = loads + 4, stores + 10
         if pieces:
             assert code.count("ld.global.v4.b32") >= loads * pieces and code.count("st.global.v4.b32") == stores * pieces
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
+def test_training_compiles_well(capability, dtype, compile_launch, monkeypatch):
+    """What follows a convolution in training, and its gradient, for the default network's blocks at horizons of 100 and 256."""
+    launches: list[launch.Launch] = []
+    monkeypatch.setattr(launch.Launch, "run", lambda one: launches.append(one))
+    for length, channels in ((100, 128), (50, 512), (25, 1024), (256, 128), (128, 512), (64, 1024)):
+        with torch.device("meta"):
+            x, time = torch.empty(8, length, channels, dtype=dtype, requires_grad=True), torch.empty(8, channels)
+            parameters = [torch.empty(channels, requires_grad=True) for _ in range(3)]
+        finish.finish_block(x, *parameters, time, x).sum().backward()
+    assert [one.kernel.__name__ for one in launches] == 6 * ["finish_kernel", "finish_backward_kernel"]
+    for recorded in launches:
+        kernel = compile_launch(recorded, capability)
+        assert spilled_bytes(kernel) == 0 and kernel.metadata.shared <= SHARED_LIMIT[capability]
+        assert kernel.asm["ptx"].count("ld.global.v4.b32") >= (2 if dtype == torch.bfloat16 else 4)
 
 
 @pytest.mark.parametrize("network", NETWORKS)

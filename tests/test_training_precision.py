@@ -224,6 +224,26 @@ def test_resume_is_exact(windows, precision):
     assert torch.equal(weights(resumed.ema), weights(whole.ema))
 
 
+@pytest.mark.parametrize("low", [False, True])
+def test_gradients_are_repaired_where_they_lie(low):
+    """Weights of odd lengths and of another layout, one with a copy in bfloat16, one that has no gradient."""
+    weights = [torch.nn.Parameter(torch.randn(shape)) for shape in ((3,), (4, 5, 2), (4,), (7, 1), (2, 2))]
+    weights[1].data = weights[1].data.transpose(1, 2).contiguous().transpose(1, 2)
+    copies = {weights[1]: weights[1].detach().bfloat16().requires_grad_()} if low else {}
+    update = Update(weights, [weight.detach().clone() for weight in weights], copies)
+    update.in_one_pass = False
+    expected = []
+    for weight in weights[:-1]:
+        gradient, carrier = 1e6 * torch.randn_like(weight), copies.get(weight, weight)
+        gradient[0, ...], gradient[1, ...], gradient[-1, ...] = math.nan, -math.inf, math.inf
+        (carrier * gradient.to(carrier.dtype)).sum().backward()
+        expected.append(carrier.grad.float().nan_to_num(nan=0, posinf=1e5, neginf=-1e5))
+    update.repair_gradients()
+    for weight, wanted in zip(weights, expected, strict=False):
+        assert torch.equal(weight.grad, wanted) and weight.grad.stride() == weight.stride()
+    assert weights[-1].grad is None
+
+
 @compiled
 @pytest.mark.parametrize("precision, tolerance", [("float32", 1e-5), ("bf16", 2e-3)])
 def test_one_pass_and_operators_agree(windows, monkeypatch, precision, tolerance):

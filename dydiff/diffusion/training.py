@@ -25,7 +25,7 @@ from dydiff.errors import DydiffError, NotFinite
 from dydiff.finite import find_not_finite
 from dydiff.kernels.native import why_unavailable
 from dydiff.kernels.winograd import SMALLEST_GROUP, TAPS
-from dydiff.networks.training_unet import TrainingUNet
+from dydiff.networks.training_unet import make_training_unet
 from dydiff.networks.unet import UNet
 
 EMA_RAMP = 0.05  # early on, the EMA's half-life is this fraction of the samples seen
@@ -70,11 +70,10 @@ class DiffusionTrainer:
     ):
         self.denoiser = denoiser.train().requires_grad_(True)
         self.precision = choose_precision(precision, denoiser)
-        # What computes: the denoiser itself, or one on the same weights with every convolution as a product. In float32 only a CPU
-        # takes that way, because it is faster there; on a GPU convolutions stay cuDNN's.
+        # What computes: a U-Net that is made for training on this device, with the same weights; another network itself.
         self.learner, copies = denoiser, {}
-        if self.precision == "bf16" or (isinstance(denoiser.network, UNet) and windows.device.type == "cpu"):
-            network = TrainingUNet(denoiser.network, self.precision)
+        if isinstance(denoiser.network, UNet):
+            network = make_training_unet(denoiser.network, self.precision)
             self.learner, copies = Denoiser(network, denoiser.observation_dim, denoiser.sigma_data), network.copies
         self.ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
         self.windows = windows

@@ -35,14 +35,22 @@ class Update:
 
     @torch.no_grad()
     def repair_gradients(self) -> None:
-        """Hand the copies' gradients to the weights and replace what is not finite; the compiled pass does that by itself."""
+        """Hand the copies' gradients to the weights and replace what is not finite; the compiled pass does that by itself.
+
+        All of them at once, as one long tensor whose parts become the weights' gradients: a few operations instead of 300.
+        """
         if self.in_one_pass:
             return
-        for weight, copy in self.copies.items():
-            weight.grad = copy.grad.float()
-        for weight in self.weights:
-            if weight.grad is not None:
-                torch.nan_to_num(weight.grad, nan=0, posinf=INFINITE_GRADIENT, neginf=-INFINITE_GRADIENT, out=weight.grad)
+        gradients = {weight: self.copies.get(weight, weight).grad for weight in self.weights}
+        # Autograd lays a gradient out like its weight, so what lies in memory is one row; those of odd length come last, since
+        # optimizers read what begins at a multiple of 16 bytes faster.
+        present = sorted((weight for weight in self.weights if gradients[weight] is not None), key=lambda one: one.numel() % 4 != 0)
+        for dtype in {gradients[weight].dtype for weight in present}:
+            weights = [weight for weight in present if gradients[weight].dtype == dtype]
+            flat = torch.cat([gradients[weight].as_strided((weight.numel(),), (1,)) for weight in weights]).float()
+            torch.nan_to_num(flat, nan=0, posinf=INFINITE_GRADIENT, neginf=-INFINITE_GRADIENT, out=flat)
+            for weight, part in zip(weights, flat.split([weight.numel() for weight in weights]), strict=True):
+                weight.grad = part.as_strided(weight.shape, weight.stride())
 
     def step(self, lr: float, rate: float) -> None:
         """Move the weights by one step of Adam with learning rate `lr`, then the average by `rate` of its distance to them."""

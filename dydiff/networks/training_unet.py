@@ -1,10 +1,10 @@
-"""The U-Net for training: the same network as `UNet`, with its convolutions as matrix products, in one of three precisions.
+"""The U-Net for training: the same network as `UNet` on activations [B, L, C], in one of three precisions.
 
-A convolution of x [B, L, C_in] is the product of a [B L, K C_in] matrix of neighbouring rows and a [K C_in, C_out] of filters;
-both gradients are products of the same sizes. On a CPU they reach the processor's rate at batch 8 already. Filters keep their
-names and shapes but lie in memory as [C_out, K, C_in], so that no product needs a reordered copy of them.
+On a CPU a convolution of x [B, L, C_in] is the product of a [B L, K C_in] matrix of neighbouring rows and a [K C_in, C_out] of
+filters; both gradients are products of the same sizes. They reach the processor's rate at batch 8 already. On a GPU convolutions
+are cuDNN's. Filters keep their names and shapes but lie in memory as [C_out, K, C_in], so that neither needs a reordered copy.
 
-    float32     that
+    float32     that; on a GPU with convolutions in TF32 where PyTorch has them so, as by default
     bf16        products take bfloat16 copies of the filters and give bfloat16 gradients with respect to these; the weights that
                 learn stay float32
     winograd    float32, but convolutions of five taps with a quarter of the multiplications, rounded to some 3e-5
@@ -15,13 +15,20 @@ Everything of one dimension, the noise embedding and the last, narrow product ar
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dydiff.kernels import unet_reference
 from dydiff.kernels.convolution_cpu import convolve
 from dydiff.kernels.training_cpu import norm_mish
 from dydiff.networks.unet import ConvBlock, ResidualBlock, UNet
+
+# x, bias, scale, shift, time, residual -> y, as `unet_reference.finish_block`
+FinishBlock = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
 
 class TrainingUNet:
@@ -58,26 +65,91 @@ class TrainingUNet:
         for (first, second), upsample in zip(unet.up, unet.upsample, strict=True):
             x = torch.cat([x, skips.pop()], dim=2)
             x = self._residual_block(second, self._residual_block(first, x, embedding), embedding)
-            x = _TransposedConvolution.apply(x, self._filters(upsample), upsample.bias, 2, 1)
+            x = self._upsample(upsample, x)
         x = self._conv_block(unet.final_block, x)
-        return F.linear(x.float(), unet.final_conv.weight[:, :, 0], unet.final_conv.bias)
+        return F.linear(x.float(), unet.final_conv.weight.squeeze(2), unet.final_conv.bias)
 
     def _residual_block(self, block: ResidualBlock, x: Tensor, embedding: Tensor) -> Tensor:
-        time_bias = block.time(embedding).to(self.dtype)  # [B or 1, C_out]
-        hidden = self._conv_block(block.block1, x) + time_bias[:, None]
+        hidden = self._conv_block(block.block1, x, time=block.time(embedding))
         residual = x if isinstance(block.residual, nn.Identity) else self._convolve(block.residual, x)
-        return self._conv_block(block.block2, hidden) + residual
+        return self._conv_block(block.block2, hidden, residual=residual)
 
-    def _conv_block(self, block: ConvBlock, x: Tensor) -> Tensor:
+    def _conv_block(self, block: ConvBlock, x: Tensor, time: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """mish(norm(conv(x))) + time [B or 1, C_out] + residual [B, L, C_out], either of which may be absent."""
         conv = block.conv
         hidden = convolve(x, conv.weight, conv.bias) if self.winograd else self._convolve(conv, x)
-        return norm_mish(hidden, block.norm.weight, block.norm.bias)
+        y = norm_mish(hidden, block.norm.weight, block.norm.bias)
+        if time is not None:
+            y = y + time.to(self.dtype)[:, None]
+        return y if residual is None else y + residual
 
     def _filters(self, layer: nn.Conv1d | nn.ConvTranspose1d) -> Tensor:
         return self.copies.get(layer.weight, layer.weight)
 
     def _convolve(self, layer: nn.Conv1d, x: Tensor) -> Tensor:
         return _Convolution.apply(x, self._filters(layer), layer.bias, layer.stride[0], layer.padding[0])
+
+    def _upsample(self, layer: nn.ConvTranspose1d, x: Tensor) -> Tensor:
+        return _TransposedConvolution.apply(x, self._filters(layer), layer.bias, layer.stride[0], layer.padding[0])
+
+
+class CudnnTrainingUNet(TrainingUNet):
+    """The same on an NVIDIA card: cuDNN's convolutions, and what follows each of a block by `finish_block`.
+
+    That is kernels/unet_reference.py's function, or the same as one kernel each way (kernels/finish.py).
+    """
+
+    def __init__(self, unet: UNet, precision: str, finish_block: FinishBlock):
+        super().__init__(unet, precision)
+        self.finish_block = finish_block
+
+    def _conv_block(self, block: ConvBlock, x: Tensor, time: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        conv, norm = block.conv, block.norm
+        filters, padding = self._filters(conv)[:, :, None], (0, conv.padding[0])
+        y = _as_rows(F.conv2d(_as_image(x), filters, padding=padding))
+        return self.finish_block(y, conv.bias, norm.weight, norm.bias, time, residual)
+
+    def _convolve(self, layer: nn.Conv1d, x: Tensor) -> Tensor:
+        filters, bias = self._filters(layer), layer.bias.to(self.dtype)
+        if layer.kernel_size[0] == 1:
+            return F.linear(x, filters.squeeze(2), bias)
+        return _as_rows(F.conv2d(_as_image(x), filters[:, :, None], bias, (1, layer.stride[0]), (0, layer.padding[0])))
+
+    def _upsample(self, layer: nn.ConvTranspose1d, x: Tensor) -> Tensor:
+        filters, bias = self._filters(layer)[:, :, None], layer.bias.to(self.dtype)
+        return _as_rows(F.conv_transpose2d(_as_image(x), filters, bias, (1, layer.stride[0]), (0, layer.padding[0])))
+
+
+def is_on_gpu(unet: UNet) -> bool:
+    """Whether a network's weights lie on an NVIDIA card."""
+    return unet.final_conv.weight.is_cuda
+
+
+def make_training_unet(unet: UNet, precision: str) -> TrainingUNet:
+    """The network for training in a precision on the device of its weights (see TrainingUNet); warns where a fast kernel fails."""
+    if not is_on_gpu(unet):
+        return TrainingUNet(unet, precision)
+    device = unet.final_conv.weight.device
+    try:
+        from dydiff.kernels import finish  # imports triton, which only a GPU needs
+
+        obstacle = finish.why_unusable(device)
+    except ImportError as error:
+        obstacle = str(error)
+    if obstacle:
+        told = f"Training on {device} goes without a fused kernel, and slower, because that cannot be used here: {obstacle}."
+        warnings.warn(told, RuntimeWarning, stacklevel=2)
+    return CudnnTrainingUNet(unet, precision, unet_reference.finish_block if obstacle else finish.finish_block)
+
+
+def _as_image(x: Tensor) -> Tensor:
+    """[B, L, C] -> [B, C, 1, L] in the same memory: channels last, as are filters of one row."""
+    return x.transpose(1, 2)[:, :, None]
+
+
+def _as_rows(image: Tensor) -> Tensor:
+    """The reverse of `_as_image`."""
+    return image.squeeze(2).transpose(1, 2)
 
 
 class _Convolution(torch.autograd.Function):
