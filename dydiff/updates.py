@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -39,9 +39,10 @@ class Updates:
     """Runs updates of an agent: draws each batch and its noise from `generator`, applies them, and averages what is logged.
 
     Modes: `eager`; `compiled`, few updates by Inductor; `graph`, on a GPU, several updates with their draws as one CUDA graph.
-    The fast ones make one function or graph per pattern of what the agent's step counter decides. All consume the same random
-    numbers and differ in rounding only. `auto` is `graph` on a GPU (`captures`) and `compiled` on a CPU that has a compiler, if the
-    run's `num_updates` pay for it; else `eager`. Batches of one transition are never compiled.
+    There compiled updates are captured, too, as long as `captures` allows it. The fast ones make one function or graph per pattern of
+    what the agent's step counter decides. All consume the same random numbers and differ in rounding only. `auto` is `graph` on a
+    GPU and `compiled` on a CPU that has a compiler, if the run's `num_updates` pay for it; else `eager`. Batches of one transition
+    are never compiled.
 
     `precision` is that of the matrix products: `float32`, or `bf16` with sums, values, losses, weights and Adam in float32.
 
@@ -86,7 +87,8 @@ class Updates:
 
     def _prepare(self, agent: Agent) -> None:
         self._agent = agent  # the only one, or all in one
-        self.at_once = {"eager": 1, "compiled": agent.rhythm, "graph": UPDATES_A_GRAPH}[self.mode]
+        self.captured = self.mode == "graph" or (self.mode == "compiled" and captures(agent.device))
+        self.at_once = UPDATES_A_GRAPH if self.captured else agent.rhythm if self.mode == "compiled" else 1
         self._functions: dict[Variants, Callable[[list[Draw]], tuple[Sums, dict[str, int]]]] = {}
         self._graphs: dict[Hashable, CapturedGraph | None] = {}
 
@@ -104,9 +106,10 @@ class Updates:
             for first in range(0, count, self.at_once):
                 variants = self._advance(min(self.at_once, count - first))
                 sums, numbers = self._run_together(variants, nums_real)
-                for name, value in sums.items():
-                    totals[name] = totals[name] + value if name in totals else value.clone()
-                    counts[name] = counts.get(name, 0) + numbers[name]
+                if self.captured:
+                    sums = {name: value.clone() for name, value in sums.items()}  # the next replay overwrites them
+                _add(totals, sums)
+                _add(counts, numbers)
                 on_update(len(variants))
         means = torch.stack([(total / counts[name]).view(-1) for name, total in totals.items()], dim=1)  # [seeds, figures]
         return [dict(zip(totals, values, strict=True)) for values in means.tolist()]
@@ -122,7 +125,7 @@ class Updates:
 
     def _run_together(self, variants: Variants, nums_real: tuple[int, ...]) -> tuple[Sums, dict[str, int]]:
         work = partial(self._compute, variants, nums_real)
-        if self.mode != "graph":
+        if not self.captured:
             return work()
         key = (variants, nums_real)
         if key not in self._graphs:
@@ -148,7 +151,19 @@ class Updates:
         return torch.stack(rows), type(noises[0])(*map(torch.stack, zip(*noises, strict=True)))
 
     def _apply(self, variants: Variants, draws: list[Draw]) -> tuple[Sums, dict[str, int]]:
-        """`_compute` on given draws, by one function for each pattern of variants."""
+        """`_compute` on given draws."""
+        piece = self._agent.rhythm if self.mode == "compiled" else len(variants)  # that much is compiled as one
+        sums: Sums = {}
+        counts: dict[str, int] = {}
+        for first in range(0, len(variants), piece):
+            part = slice(first, first + piece)
+            some, numbers = self._function(variants[part])(draws[part])
+            _add(sums, some)
+            _add(counts, numbers)
+        return sums, counts
+
+    def _function(self, variants: Variants) -> Callable[[list[Draw]], tuple[Sums, dict[str, int]]]:
+        """What computes updates in a row: one function for each pattern of variants."""
         if variants not in self._functions:
             agent, widths, precision = self._agent, self.learners[0].real.widths, self.precision
 
@@ -158,15 +173,20 @@ class Updates:
                 for variant, (rows, noise) in zip(variants, draws, strict=True):
                     with multiply_in(precision, agent.device):
                         log = agent.apply_update(split_rows(rows, widths), noise, variant)
-                    for name, value in log.items():
-                        sums[name] = sums[name] + value if name in sums else value
-                        counts[name] = counts.get(name, 0) + 1
+                    _add(sums, log)
+                    _add(counts, dict.fromkeys(log, 1))
                 return sums, counts
 
             if self.mode == "compiled":
                 apply = compile_unchecked(apply, agent.device, "rl_trainer_params.update_mode")
             self._functions[variants] = apply
-        return self._functions[variants](draws)
+        return self._functions[variants]
+
+
+def _add(totals: dict, parts: Mapping) -> None:
+    """Add each part to the total of its name; the first one is the total."""
+    for name, part in parts.items():
+        totals[name] = totals[name] + part if name in totals else part
 
 
 def choose_mode(mode: str, device: torch.device, num_updates: int) -> str:

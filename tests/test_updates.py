@@ -130,8 +130,9 @@ def test_a_run_is_a_plain_loop(num_synthetic):
         assert value == pytest.approx(sum(values) / len(values))
 
 
-def test_graphs_are_made_once_per_pattern(monkeypatch):
-    """The bookkeeping around CUDA graphs, with stand-ins for capture and replay."""
+@pytest.mark.parametrize("mode", ["graph", *FAST_MODES[:1]])
+def test_graphs_are_made_once_per_pattern(mode, monkeypatch):
+    """The bookkeeping around CUDA graphs, also of compiled updates, with stand-ins for capture and replay."""
 
     class Recorded:
         def __init__(self, function, device, generator):
@@ -146,11 +147,13 @@ def test_graphs_are_made_once_per_pattern(monkeypatch):
     plain = make_updates("td3_bc", "eager")
     monkeypatch.setattr(dydiff.updates, "CapturedGraph", Recorded)
     monkeypatch.setattr(dydiff.updates, "warm_up", warm_up)
-    monkeypatch.setattr(dydiff.updates, "choose_mode", lambda *_: "graph")
-    ours = make_updates("td3_bc", "graph")
+    monkeypatch.setattr(dydiff.updates, "choose_mode", lambda *_: mode)
+    monkeypatch.setattr(dydiff.updates, "captures", lambda device: True)
+    ours = make_updates("td3_bc", mode)
     for _ in range(3):
         assert_close(ours.run(24), plain.run(24))
     assert (len(warmed), len(captured)) == (2, 2)  # of ten updates and of four
+    assert len(ours._functions) == (1 if mode == "compiled" else 2)  # which are made of pairs, or as they are
     assert_close(ours.learners[0].agent.state_dict(), plain.learners[0].agent.state_dict())
 
 

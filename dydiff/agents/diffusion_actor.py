@@ -84,6 +84,9 @@ class DiffusionActor(nn.Module):
             "step_features": sinusoidal_embedding(torch.arange(n_timesteps), EMBEDDING_DIM),  # [T, 16]
         }.items():
             self.register_buffer(name, value, persistent=False)
+        # Of each step, as numbers: what they multiply costs no operation of its own.
+        names = "start_from_noisy", "start_from_noise", "posterior_from_start", "posterior_from_noisy", "posterior_std"
+        self._coefficients = list(zip(*(getattr(self, name).tolist() for name in names), strict=True))
 
     def forward(self, noisy_action: Tensor, step: Tensor, observation: Tensor) -> Tensor:
         """Predicted noise `[B, A]` in `noisy_action [B, A]` at integer `step [B]`, 0 .. T-1."""
@@ -112,7 +115,7 @@ class DiffusionActor(nn.Module):
         for t, noise in zip(reversed(range(self.n_timesteps)), step_noise.unbind(-3), strict=True):
             step_embedding = embedding[..., t, None, :].expand(*noisy.shape[:-1], -1)
             inputs = torch.cat([noisy, step_embedding, observation], dim=-1)
-            start = self.start_from_noisy[t] * noisy - self.start_from_noise[t] * self.network(inputs)
-            mean = self.posterior_from_start[t] * start.clamp(-1, 1) + self.posterior_from_noisy[t] * noisy
-            noisy = mean + self.posterior_std[t] * noise
+            from_noisy, from_noise, start_share, noisy_share, std = self._coefficients[t]
+            start = (from_noisy * noisy).sub(self.network(inputs), alpha=from_noise).clamp(-1, 1)
+            noisy = (start_share * start).add(noisy, alpha=noisy_share).add(noise, alpha=std)
         return noisy.clamp(-1, 1)

@@ -48,23 +48,27 @@ class Adam:
         """
         gradients = torch.autograd.grad(loss.sum(), self.parameters)
         with torch.no_grad():
-            norm = None
-            if max_norm is not None:
+            norm = divisor = None
+            if max_norm is not None and (self.stacked or is_compiling()):
                 norms = [torch.linalg.vector_norm(each.flatten(int(self.stacked)), dim=-1) for each in gradients]
                 norm = torch.stack(norms).norm(dim=0)
                 scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
                 for each in gradients:
                     each.mul_(scale.view(*scale.shape, *[1] * (each.dim() - scale.dim())))
-            self._step_down(gradients)
+            elif max_norm is not None:  # the same in few operations
+                norm = torch.stack(torch._foreach_norm(gradients)).norm()
+                divisor = ((norm + 1e-6) / max_norm).clamp(min=1.0)
+            self._step_down(gradients, divisor)
         return norm
 
-    def _step_down(self, gradients: Sequence[Tensor]) -> None:
+    def _step_down(self, gradients: Sequence[Tensor], divisor: Tensor | None) -> None:
         self.step += 1
         if not is_compiling():
             gradients = [each.contiguous() for each in gradients]  # the kernel goes by memory, not by strides
             steps = [self.step] * len(gradients)
             hyper = {"beta1": BETA1, "beta2": BETA2, "weight_decay": 0.0, "eps": EPS, "amsgrad": False, "maximize": False}
-            torch._fused_adam_(self.parameters, gradients, self.mean, self.square, [], steps, lr=self.lr, **hyper)
+            hyper |= {"lr": self.lr, "grad_scale": divisor}
+            torch._fused_adam_(self.parameters, gradients, self.mean, self.square, [], steps, **hyper)
             return
         # The kernel cannot be traced; from the formula the compiler makes one of its own.
         torch._foreach_lerp_(self.mean, gradients, 1 - BETA1)
