@@ -39,10 +39,10 @@ class Updates:
     """Runs updates of an agent: draws each batch and its noise from `generator`, applies them, and averages what is logged.
 
     Modes: `eager`; `compiled`, few updates by Inductor; `graph`, on a GPU, several updates with their draws as one CUDA graph.
-    There compiled updates are captured, too, as long as `captures` allows it. The fast ones make one function or graph per pattern of
-    what the agent's step counter decides. All consume the same random numbers and differ in rounding only. `auto` is `graph` on a
-    GPU and `compiled` on a CPU that has a compiler, if the run's `num_updates` pay for it; else `eager`. Batches of one transition
-    are never compiled.
+    There compiled updates are captured, too, as long as `captures` allows it. The fast ones make one function or graph per pattern
+    of what the agent's step counter decides. All consume the same random numbers and differ in rounding only. `auto` is `graph` on
+    a GPU and `compiled` on a CPU that has a compiler, if the run's `num_updates` pay for it; else `eager`. Batches of one
+    transition are never compiled.
 
     `precision` is that of the matrix products: `float32`, or `bf16` with sums, values, losses, weights and Adam in float32.
 
