@@ -23,9 +23,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
-DEVICE_TESTED = "edm_step philox unet_kernels backend_choice rollout_capture memory updates training_precision".split()
+DEVICE_TESTED = "edm_step philox unet_kernels finish backend_choice rollout_capture memory updates training_precision".split()
 DEVICE_TESTS = [f"tests/test_{name}.py" for name in DEVICE_TESTED]
 UPDATES = "--variants=published,stock,eager,graph,bf16"
+COMPILED = "--variants=published,compiled,graph", "--cases=td3bc,diffusion_ql"  # apart: the compiler takes most of the time
 LAST_WORDS = 5.0  # seconds for a killed part's output
 KEPT_OUTPUT = 4000  # characters of a part's output that the report keeps
 
@@ -45,8 +46,8 @@ def list_parts(out: Path, cases: Path, wheels: Path | None) -> list[Part]:
     python = sys.executable
     install = [python, "-m", "pip", "install", "--no-build-isolation", "-e", "."]
     install += ["--no-deps"] if wheels is None else ["--no-index", "--find-links", str(wheels), "hypothesis"]
-    names = ("race", "race-triton", "roofline", "epoch", "updates", "pretrain")
-    race, race_triton, roofline, epoch, updates, pretrain = (str(out / f"{name}.jsonl") for name in names)
+    names = ("race", "race-triton", "roofline", "epoch", "updates", "compiled", "pretrain")
+    race, race_triton, roofline, epoch, updates, compiled, pretrain = (str(out / f"{name}.jsonl") for name in names)
     picture = f"--plot={out / 'roofline.png'}"
     side_by_side = ["-n", "12", "--dist=worksteal"] if find_spec("xdist") else []  # compiling kernels is what takes time
     loaded = "import sys; from dydiff.kernels.edm import why_unavailable; sys.exit(why_unavailable('cuda') or 0)"
@@ -65,6 +66,7 @@ def list_parts(out: Path, cases: Path, wheels: Path | None) -> list[Part]:
         Part("epoch", [python, "benchmarks/epoch_speed.py", "--quick", "--starts=2048", "--json", epoch], 120, epoch),
         Part("kernels", [python, "-m", "pytest", "-q", "-s", "benchmarks/test_kernel_speed.py"], 60),
         Part("roofline", [python, "benchmarks/roofline.py", "--quick", "--batch=2048", "--json", roofline, picture], 40, roofline),
+        Part("compiled", [python, "benchmarks/updates_speed.py", "--quick", *COMPILED, "--json", compiled], 120, compiled),
     ]
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer:
