@@ -65,12 +65,14 @@ class DiffusionActor(nn.Module):
 
         # In float32 from here on: with small betas the cancellation in 1 - signal is visible in the actions, and the
         # published code, whose numbers decide, has it too.
-        betas = make_betas(beta_schedule, n_timesteps).float()
-        signal = torch.cumprod(1 - betas, dim=0)  # alpha-bar
-        previous = torch.cat([torch.ones(1), signal[:-1]])
-        posterior_variance = betas * (1 - previous) / (1 - signal)
-        posterior_std = posterior_variance.sqrt()
-        posterior_std[0] = 0  # no noise is added at t = 0
+        with torch.device("cpu"):  # as numbers they are wanted even where weights take no memory
+            betas = make_betas(beta_schedule, n_timesteps).float()
+            signal = torch.cumprod(1 - betas, dim=0)  # alpha-bar
+            previous = torch.cat([torch.ones(1), signal[:-1]])
+            posterior_variance = betas * (1 - previous) / (1 - signal)
+            posterior_std = posterior_variance.sqrt()
+            posterior_std[0] = 0  # no noise is added at t = 0
+            step_features = sinusoidal_embedding(torch.arange(n_timesteps), EMBEDDING_DIM)  # [T, 16]
         # [T] each; not part of the weights: they follow from the arguments.
         for name, value in {
             "betas": betas,
@@ -81,12 +83,12 @@ class DiffusionActor(nn.Module):
             "posterior_from_start": betas * previous.sqrt() / (1 - signal),
             "posterior_from_noisy": (1 - previous) * (1 - betas).sqrt() / (1 - signal),
             "posterior_std": posterior_std,
-            "step_features": sinusoidal_embedding(torch.arange(n_timesteps), EMBEDDING_DIM),  # [T, 16]
+            "step_features": step_features,
         }.items():
             self.register_buffer(name, value, persistent=False)
         # Of each step, as numbers: what they multiply costs no operation of its own.
         names = "start_from_noisy", "start_from_noise", "posterior_from_start", "posterior_from_noisy", "posterior_std"
-        self._coefficients = list(zip(*(getattr(self, name).tolist() for name in names), strict=True))
+        self._posterior = list(zip(*(getattr(self, name).tolist() for name in names), strict=True))
 
     def forward(self, noisy_action: Tensor, step: Tensor, observation: Tensor) -> Tensor:
         """Predicted noise `[B, A]` in `noisy_action [B, A]` at integer `step [B]`, 0 .. T-1."""
@@ -115,7 +117,7 @@ class DiffusionActor(nn.Module):
         for t, noise in zip(reversed(range(self.n_timesteps)), step_noise.unbind(-3), strict=True):
             step_embedding = embedding[..., t, None, :].expand(*noisy.shape[:-1], -1)
             inputs = torch.cat([noisy, step_embedding, observation], dim=-1)
-            from_noisy, from_noise, start_share, noisy_share, std = self._coefficients[t]
+            from_noisy, from_noise, start_share, noisy_share, std = self._posterior[t]
             start = (from_noisy * noisy).sub(self.network(inputs), alpha=from_noise).clamp(-1, 1)
             noisy = (start_share * start).add(noisy, alpha=noisy_share).add(noise, alpha=std)
         return noisy.clamp(-1, 1)
