@@ -256,11 +256,12 @@ def transform_input(x: Activation) -> tuple[Launch, Tensor]:
 def samples_per_program(tiles: int, columns: int) -> tuple[int, int]:
     """How many samples of so many tiles a program of `output_kernel` takes, and the power of two of tiles that holds them.
 
-    One sample leaves up to half of the power of two empty (5 tiles of 8 at 25 positions), three fit better (15 of 16).
+    One sample leaves up to half of the power of two empty (5 tiles of 8 at 25 positions), three fit better (15 of 16). Of what fits
+    equally well, the least that gives a warp 8 elements a thread.
     """
     least = triton.next_power_of_2(tiles)
     choices = [least] + [held for held in (2 * least, 4 * least) if held * columns <= MOST_HELD]
-    held = max(choices, key=lambda held: (held // tiles * tiles / held, -held))
+    held = max(choices, key=lambda held: (held // tiles * tiles / held, min(held * columns, 256), -held))
     return held // tiles, held
 
 

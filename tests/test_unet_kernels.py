@@ -211,7 +211,7 @@ def test_points_are_those_of_the_rows(length, channels):
     """Whether a block's last kernel makes them, or another one from its rows later; the former has rows of its tile in float32."""
     blocks = WinogradBlocks()
     packed, time_bias = blocks.pack(seeded(ResidualBlock, channels, channels, 8, 5).state_dict()), draw(channels, seed=1)
-    x = draw(4, length, channels)  # of 25 positions, a program has three samples
+    x = draw(4, length, channels)  # a program has three samples of 25 positions, two of 13, four of 4
     one, other = (blocks.residual_block(blocks.enter(x), None, packed, time_bias) for _ in range(2))
     blocks.rows(other)
     assert other.points is None
