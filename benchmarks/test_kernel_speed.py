@@ -82,7 +82,7 @@ def test_residual_block(benchmark, shape, variant):
 
         def compute():
             result = blocks.residual_block(parts[0], parts[1] if skip_width else None, packed, time_bias)
-            if isinstance(result, unet_winograd.Value):  # to be computed, for a convolution that comes next
+            if isinstance(result, unet_winograd.Output):  # to be computed, for a convolution that comes next
                 blocks.points(result)
                 return result.rows
             return result

@@ -48,10 +48,10 @@ def pack_filters(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> WinogradFi
 
 
 @dataclass
-class Value:
-    """An activation, and its points [10, B T, C] if a convolution reads it.
+class Output:
+    """What a layer puts out: an activation, and its points [10, B T, C] if a convolution reads it.
 
-    A block's output is `pending`, the launch that computes it not yet made, until `WinogradBlocks` knows whether points are wanted.
+    A block's is `pending`, the launch that computes it not yet made, until `WinogradBlocks` knows whether points are wanted.
     """
 
     rows: Activation | None = None
@@ -81,10 +81,10 @@ class WinogradBlocks:
     def pack(self, weights: dict[str, Tensor]) -> ResidualBlock | ConvBlock | Convolution:
         return packing.pack(weights, self.dtype, pack_filters)
 
-    def enter(self, x: Tensor) -> Value:
-        return Value(self.others.enter(x))
+    def enter(self, x: Tensor) -> Output:
+        return Output(self.others.enter(x))
 
-    def residual_block(self, x: Value, skip: Value | None, packed: ResidualBlock, time_bias: Tensor) -> Value:
+    def residual_block(self, x: Output, skip: Output | None, packed: ResidualBlock, time_bias: Tensor) -> Output:
         sources = (x,) if skip is None else (x, skip)
         hidden = self.conv_block(sources, packed.block1, time=time_bias.float())
         residual = packed.residual_of(tuple(self.rows(source) for source in sources))
@@ -93,40 +93,40 @@ class WinogradBlocks:
             added = self.others.convolve(residual.sources, residual.convolution, Form(gapped=True))
         return self.conv_block((hidden,), packed.block2, residual=added)
 
-    def downsample(self, x: Value, packed: Convolution) -> Value:
-        return Value(self.others.downsample(self.rows(x), packed))
+    def downsample(self, x: Output, packed: Convolution) -> Output:
+        return Output(self.others.downsample(self.rows(x), packed))
 
-    def upsample(self, x: Value, packed: Convolution) -> Value:
-        return Value(self.others.upsample(self.rows(x), packed))
+    def upsample(self, x: Output, packed: Convolution) -> Output:
+        return Output(self.others.upsample(self.rows(x), packed))
 
-    def leave(self, x: Value, final_block: ConvBlock, final_conv: Convolution) -> Tensor:
+    def leave(self, x: Output, final_block: ConvBlock, final_conv: Convolution) -> Tensor:
         return self.others.project(self.rows(self.conv_block((x,), final_block)), final_conv)
 
     def conv_block(
-        self, sources: tuple[Value, ...], block: ConvBlock, time: Tensor | None = None, residual: Activation | None = None
-    ) -> Value:
+        self, sources: tuple[Output, ...], block: ConvBlock, time: Tensor | None = None, residual: Activation | None = None
+    ) -> Output:
         """mish(group_norm(conv(sources))) + time + residual, either of which may be absent; pending."""
         points = [self.points(source) for source in sources]
         filters = block.convolution.values.split([each.shape[2] for each in points], dim=1)
         products = [torch.bmm(each, part) for each, part in zip(points, filters, strict=True)]
-        return Value(pending=partial(transform_output, products, block, sources[0].rows, time, residual))
+        return Output(pending=partial(transform_output, products, block, sources[0].rows, time, residual))
 
-    def rows(self, value: Value) -> Activation:
-        """The activation of a value whose points are not wanted, or not yet."""
-        if value.pending is not None:
-            self._finish(value, points=False)
-        return value.rows
+    def rows(self, x: Output) -> Activation:
+        """The rows of an activation whose points are not wanted, or not yet."""
+        if x.pending is not None:
+            self._finish(x, points=False)
+        return x.rows
 
-    def points(self, value: Value) -> Tensor:
-        """The points of a value."""
-        if value.pending is not None:
-            self._finish(value, points=True)
-        elif value.points is None:
-            launch, value.points = transform_input(value.rows)
+    def points(self, x: Output) -> Tensor:
+        """The points of an activation."""
+        if x.pending is not None:
+            self._finish(x, points=True)
+        elif x.points is None:
+            launch, x.points = transform_input(x.rows)
             self.execute(launch)
-        return value.points
+        return x.points
 
-    def _finish(self, value: Value, points: bool) -> None:
-        launch, value.rows, value.points = value.pending(points)
-        value.pending = None
+    def _finish(self, x: Output, points: bool) -> None:
+        launch, x.rows, x.points = x.pending(points)
+        x.pending = None
         self.execute(launch)

@@ -30,7 +30,7 @@ import interpreter  # noqa: E402
 from dydiff.kernels import fused_block, launch, unet_triton  # noqa: E402
 from dydiff.kernels.channels_last import ChannelsLastBlocks  # noqa: E402
 from dydiff.kernels.unet_cudnn import CudnnBlocks  # noqa: E402
-from dydiff.kernels.unet_winograd import Value, WinogradBlocks  # noqa: E402
+from dydiff.kernels.unet_winograd import Output, WinogradBlocks  # noqa: E402
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -105,7 +105,7 @@ def seeded(make, *arguments) -> nn.Module:
 
 def rows_of(activation, blocks) -> Tensor:
     """What a backend computed, as it stores it: of an activation its rows."""
-    if isinstance(activation, Value):
+    if isinstance(activation, Output):
         activation = blocks.rows(activation)
     return activation if isinstance(activation, Tensor) else activation.rows
 
@@ -115,7 +115,7 @@ def plain(activation, blocks, has_left: bool = False) -> Tensor:
     rows = rows_of(activation, blocks).double()
     if isinstance(activation, Tensor):
         return rows.transpose(1, 2) if isinstance(blocks, ChannelsLastBlocks) and not has_left else rows
-    if isinstance(activation, Value):
+    if isinstance(activation, Output):
         activation = activation.rows
     gap, pitch = activation.gap, activation.pitch
     assert not rows[:gap].any()
