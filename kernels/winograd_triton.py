@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dydiff.kernels.launch import Launch
+from dydiff.kernels.launch import BUSY, Launch
 from dydiff.kernels.layout import Activation
 from dydiff.kernels.matmul import mish, sum_over_sample, zero_gaps
 from dydiff.kernels.packing import ConvBlock
@@ -253,16 +253,20 @@ def transform_input(x: Activation) -> tuple[Launch, Tensor]:
     return Launch(input_kernel, grid, arguments, warps=4), points
 
 
-def samples_per_program(tiles: int, columns: int) -> tuple[int, int]:
-    """How many samples of so many tiles a program of `output_kernel` takes, and the power of two of tiles that holds them.
+def share_programs(batch: int, tiles: int, columns: int) -> tuple[int, int, int]:
+    """How many samples of so many tiles a program of `output_kernel` takes, the power of two of tiles that holds them, and warps.
 
     One sample leaves up to half of the power of two empty (5 tiles of 8 at 25 positions), three fit better (15 of 16). Of what fits
-    equally well, the least that gives a warp 8 elements a thread.
+    equally well, the least that gives a warp 8 elements a thread. Where that leaves multiprocessors idle, time goes by what one
+    program takes: then it has one sample, and twice the warps. A rule of thumb, unmeasured.
     """
     least = triton.next_power_of_2(tiles)
     choices = [least] + [held for held in (2 * least, 4 * least) if held * columns <= MOST_HELD]
     held = max(choices, key=lambda held: (held // tiles * tiles / held, min(held * columns, 256), -held))
-    return held // tiles, held
+    per_program, elements_a_warp = held // tiles, 256
+    if triton.cdiv(batch, per_program) * GROUPS < BUSY:
+        per_program, held, elements_a_warp = 1, least, 128
+    return per_program, held, min(max(held * columns // elements_a_warp, 1), 16)
 
 
 def transform_output(
@@ -281,7 +285,7 @@ def transform_output(
     channels = len(block.scale)
     tiles, group = triton.cdiv(like.length, F5.tile), channels // GROUPS
     columns = triton.next_power_of_2(group)
-    per_program, held = samples_per_program(tiles, columns)
+    per_program, held, warps = share_programs(like.batch, tiles, columns)
     y = like.empty(like.length, channels)
     v = torch.empty_like(products[0]) if points else None
     arguments = {
@@ -306,4 +310,4 @@ def transform_output(
         "COLUMNS": columns,
     }
     grid = (triton.cdiv(like.batch, per_program) * GROUPS,)
-    return Launch(output_kernel, grid, arguments, warps=min(max(held * columns // 256, 1), 16)), y, v
+    return Launch(output_kernel, grid, arguments, warps), y, v

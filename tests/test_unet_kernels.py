@@ -27,7 +27,7 @@ from dydiff.networks.unet import ConvBlock, ResidualBlock, UNet
 triton = pytest.importorskip("triton")
 import interpreter  # noqa: E402
 
-from dydiff.kernels import fused_block, launch, unet_triton  # noqa: E402
+from dydiff.kernels import fused_block, launch, unet_triton, winograd_triton  # noqa: E402
 from dydiff.kernels.channels_last import ChannelsLastBlocks  # noqa: E402
 from dydiff.kernels.unet_cudnn import CudnnBlocks  # noqa: E402
 from dydiff.kernels.unet_winograd import Output, WinogradBlocks  # noqa: E402
@@ -207,18 +207,32 @@ def test_every_tile_of_the_convolution(tile, capability, monkeypatch):
 
 @on_kernels
 @pytest.mark.parametrize(("length", "channels"), [(25, 64), (13, 24), (4, 8)])
-def test_points_are_those_of_the_rows(length, channels):
-    """Whether a block's last kernel makes them, or another one from its rows later; the former has rows of its tile in float32."""
+def test_points_are_those_of_the_rows(length, channels, monkeypatch):
+    """Whether a block's last kernel makes them, which has rows of its tile in float32, or another one from its rows later.
+
+    And whether a program has one sample, or as many as fit: three of 25 positions, two of 13, four of 4.
+    """
     blocks = WinogradBlocks()
     packed, time_bias = blocks.pack(seeded(ResidualBlock, channels, channels, 8, 5).state_dict()), draw(channels, seed=1)
-    x = draw(4, length, channels)  # a program has three samples of 25 positions, two of 13, four of 4
-    one, other = (blocks.residual_block(blocks.enter(x), None, packed, time_bias) for _ in range(2))
+    x = draw(4, length, channels)
+
+    def run() -> Output:
+        return blocks.residual_block(blocks.enter(x), None, packed, time_bias)
+
+    def assert_close(one: Tensor, other: Tensor) -> None:
+        assert one.shape == other.shape and one.isfinite().all()
+        assert (one - other).abs().max() <= 2 * torch.finfo(torch.float16).eps * other.abs().max()
+
+    one, other = run(), run()
     blocks.rows(other)
     assert other.points is None
-    points, later = blocks.points(one), blocks.points(other)
-    assert torch.equal(one.rows.rows, other.rows.rows)
-    assert points.shape == later.shape == (10, 4 * -(-length // 5), channels)
-    assert (points - later).abs().max() <= 2 * torch.finfo(torch.float16).eps * later.abs().max()
+    points = blocks.points(one)
+    assert_close(points, blocks.points(other))
+    assert torch.equal(one.rows.rows, other.rows.rows) and points.shape == (10, 4 * -(-length // 5), channels)
+    monkeypatch.setattr(winograd_triton, "BUSY", 1)
+    shared = run()
+    assert_close(blocks.points(shared), points)
+    assert_close(shared.rows.rows, one.rows.rows)
 
 
 @on_kernels
