@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import triton
+from guarded import guard_memory
 from triton.runtime import interpreter
+
+INTERPRETED = triton.knobs.runtime.interpret
+DEVICE = "cpu" if INTERPRETED else "cuda"
+on_kernels = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(), reason="no CUDA: runs in the interpreter, in a process of its own"
+)
+in_the_interpreter = pytest.mark.skipif(
+    INTERPRETED or torch.cuda.is_available(), reason="the kernels run in this very process"
+)
+
+
+def interpret_again(file: str, folder: Path) -> None:
+    """Run a test file with Triton's interpreter, for which it takes another process, and with guarded memory: a kernel that reads
+    beyond a tensor, which a card may forgive or not, crashes."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file]
+    environment = os.environ | guard_memory(folder) | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    print(done.stdout[-6000:], done.stderr[-2000:])
+    assert done.returncode == 0
+    assert " passed" in done.stdout
 
 
 class NothingToRestore:

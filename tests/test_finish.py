@@ -7,30 +7,21 @@ test_unet_kernels.py.
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 import warnings
 
 import pytest
 import torch
-from guarded import guard_memory
 
 from dydiff.kernels import unet_reference
 from dydiff.networks import training_unet
 from dydiff.networks.training_unet import CudnnTrainingUNet, make_training_unet
 from dydiff.networks.unet import UNet
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 import interpreter  # noqa: E402
+from interpreter import DEVICE, INTERPRETED, in_the_interpreter, interpret_again, on_kernels  # noqa: E402
 
 from dydiff.kernels import finish  # noqa: E402
-
-INTERPRETED = triton.knobs.runtime.interpret
-DEVICE = "cpu" if INTERPRETED else "cuda"
-on_kernels = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(), reason="no CUDA: runs inside test_finish_in_the_interpreter"
-)
 
 
 @pytest.fixture(autouse=True)
@@ -42,14 +33,9 @@ def prepared(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the kernels run in this very process")
+@in_the_interpreter
 def test_finish_in_the_interpreter(tmp_path):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | guard_memory(tmp_path) | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    print(done.stdout[-6000:], done.stderr[-2000:])
-    assert done.returncode == 0
-    assert " passed" in done.stdout
+    interpret_again(__file__, tmp_path)
 
 
 def differentiate(function, dtype: torch.dtype, tensors: list, dy: torch.Tensor, parameters: torch.dtype) -> list[torch.Tensor]:

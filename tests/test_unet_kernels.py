@@ -26,20 +26,14 @@ from dydiff.networks.unet import ConvBlock, ResidualBlock, UNet
 
 triton = pytest.importorskip("triton")
 import interpreter  # noqa: E402
+from interpreter import DEVICE, INTERPRETED, in_the_interpreter, interpret_again, on_kernels  # noqa: E402
+from kernel_checks import assert_as_good_as_pytorch, draw, rounded, rows_of, seeded  # noqa: E402
 
 from dydiff.kernels import fused_block, launch, unet_triton, winograd_triton  # noqa: E402
-from dydiff.kernels.channels_last import ChannelsLastBlocks  # noqa: E402
 from dydiff.kernels.unet_cudnn import CudnnBlocks  # noqa: E402
 from dydiff.kernels.unet_winograd import Output, WinogradBlocks  # noqa: E402
 
-INTERPRETED = triton.knobs.runtime.interpret
-DEVICE = "cpu" if INTERPRETED else "cuda"
 CAPABILITIES = [80, 90] if INTERPRETED else [None]  # pointers, descriptors; or what the card has
-on_kernels = pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(), reason="no CUDA: runs inside test_kernels_in_the_interpreter"
-)
-
-
 BACKENDS = {
     "cudnn": lambda dtype=torch.float16, kernel_size=5, capability=None: CudnnBlocks(dtype),  # the same on every card
     "triton-a": unet_triton.FusedBlocks,
@@ -65,15 +59,9 @@ def prepared_interpreter(monkeypatch):
         interpreter.prepare(monkeypatch)
 
 
-@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the kernels run in this very process")
+@in_the_interpreter
 def test_kernels_in_the_interpreter(tmp_path):
-    """With guarded memory: a kernel that reads beyond a tensor, which a card may forgive or not, crashes."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | guard_memory(tmp_path) | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    print(done.stdout[-6000:], done.stderr[-2000:])
-    assert done.returncode == 0
-    assert " passed" in done.stdout
+    interpret_again(__file__, tmp_path)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="memory is guarded already")
@@ -86,59 +74,6 @@ def test_one_byte_beyond_guarded_memory_crashes(end, inside, beyond, tmp_path):
     code += "".join(f"; print(ctypes.string_at(x.data_ptr() + {place}, 1), flush=True)" for place in (inside, beyond))
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
     assert len(done.stdout.splitlines()) == 1 and done.returncode == -signal.SIGSEGV
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-
-
-def seeded(make, *arguments) -> nn.Module:
-    """A module with the same weights every time; norms and biases are moved off their initial 1 and 0."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        module = make(*arguments)
-        for name, parameter in module.named_parameters():
-            if "norm" in name or "bias" in name:
-                parameter.data += 0.3 * torch.randn_like(parameter)
-    return module.eval().requires_grad_(False).to(DEVICE)
-
-
-def rows_of(activation, blocks) -> Tensor:
-    """What a backend computed, as it stores it: of an activation its rows."""
-    if isinstance(activation, Output):
-        activation = blocks.rows(activation)
-    return activation if isinstance(activation, Tensor) else activation.rows
-
-
-def plain(activation, blocks, has_left: bool = False) -> Tensor:
-    """Any backend's activation as [B, C, L] float64, a gapped one with zeros in its gaps; or what has left it."""
-    rows = rows_of(activation, blocks).double()
-    if isinstance(activation, Tensor):
-        return rows.transpose(1, 2) if isinstance(blocks, ChannelsLastBlocks) and not has_left else rows
-    if isinstance(activation, Output):
-        activation = activation.rows
-    gap, pitch = activation.gap, activation.pitch
-    assert not rows[:gap].any()
-    samples = rows[gap:].view(activation.batch, pitch, -1)
-    assert not samples[:, activation.length :].any()
-    return samples[:, : activation.length].transpose(1, 2)
-
-
-def assert_as_good_as_pytorch(compute, dtype: torch.dtype, backend, has_left: bool = False) -> None:
-    """compute(blocks) -> result, an activation or what `leave` made of it (`has_left`); the kernels' largest error is at most
-    twice that of PyTorch in the same precision."""
-    exact, reference, result = (
-        plain(compute(blocks), blocks, has_left)
-        for blocks in (unet_reference.ReferenceBlocks(torch.float64), unet_reference.ReferenceBlocks(dtype), backend)
-    )
-    floor = torch.finfo(dtype).eps / 2 * exact.abs().max()
-    assert result.shape == exact.shape
-    assert (result - exact).abs().max() <= 2 * torch.maximum((reference - exact).abs().max(), floor)
-
-
-def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same input for everyone: what the low precision can hold."""
-    return x.to(dtype).double()
 
 
 def with_backends(shapes: list[tuple], enough: int) -> list[tuple[tuple, str]]:
