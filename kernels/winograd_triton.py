@@ -228,22 +228,17 @@ def output_kernel(
         store_points(points + place, plane, mask, r0, r1, y0, y1, y2, y3, y4, r7, r8)
 
 
-def count_tiles(x: Activation) -> int:
-    """Tiles of all samples."""
-    return x.batch * triton.cdiv(x.length, F5.tile)
-
-
 def transform_input(x: Activation) -> tuple[Launch, Tensor]:
     """The launch that computes the points of an activation, and the points [10, B T, C]."""
     columns = min(triton.next_power_of_2(x.channels), 64)
-    tiles_each = 1024 // columns
-    points = x.rows.new_empty(F5.points, count_tiles(x), x.channels)
+    tiles, tiles_each = triton.cdiv(x.length, F5.tile), 1024 // columns
+    points = x.rows.new_empty(F5.points, x.batch * tiles, x.channels)
     arguments = {
         "x": x.rows,
         "points": points,
         "samples": x.batch,
         "length": x.length,
-        "tiles": triton.cdiv(x.length, F5.tile),
+        "tiles": tiles,
         "gap": x.gap,
         "N": x.channels,
         "TILES": tiles_each,

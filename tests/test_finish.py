@@ -99,7 +99,7 @@ def gradients(network, unet: UNet, x: torch.Tensor, label: torch.Tensor, copies:
 def test_network_and_its_gradients(precision, finish_block):
     """On any device: convolutions by PyTorch, and what follows them either way."""
     if finish_block == "kernels" and not INTERPRETED and not torch.cuda.is_available():
-        pytest.skip("no CUDA: runs inside test_finish_in_the_interpreter")
+        pytest.skip("the kernels need a card; test_finish_in_the_interpreter runs this case without one")
     device = DEVICE if finish_block == "kernels" or torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     unet = UNet(3, 8, 16, (1, 4)).to(device)
