@@ -23,7 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
-DEVICE_TESTED = "edm_step philox unet_kernels finish backend_choice rollout_capture memory updates training_precision".split()
+DEVICE_TESTED = "edm_step philox unet_kernels finish adam backend_choice rollout_capture memory updates training_precision".split()
 DEVICE_TESTS = [f"tests/test_{name}.py" for name in DEVICE_TESTED]
 UPDATES = "--variants=published,stock,eager,graph,bf16"
 COMPILED = "--variants=published,compiled,graph", "--cases=td3bc,diffusion_ql"  # apart: the compiler takes most of the time

@@ -24,7 +24,8 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from dydiff.kernels import finish, fused_block, launch, unet_cudnn, unet_triton, unet_winograd  # noqa: E402
+from dydiff.kernels import adam, finish, fused_block, launch, unet_cudnn, unet_triton, unet_winograd  # noqa: E402
+from dydiff.kernels.training_cpu import AdamCoefficients  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "profiling"))
 import tune_kernels  # noqa: E402
@@ -211,6 +212,21 @@ def test_training_compiles_well(capability, dtype, compile_launch, monkeypatch):
         kernel = compile_launch(recorded, capability)
         assert spilled_bytes(kernel) == 0 and kernel.metadata.shared <= SHARED_LIMIT[capability]
         assert kernel.asm["ptx"].count("ld.global.v4.b32") >= (2 if dtype == torch.bfloat16 else 4)
+
+
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
+def test_the_update_compiles_well(capability, low, compile_launch):
+    """16 bytes a load and store."""
+    rows = [torch.empty(3 * adam.BLOCK, device="meta") for _ in range(6)]
+    rows[4:] = (row.bfloat16() for row in rows[4:]) if low else (rows[4], None)
+    recorded = adam.adam_average(*rows, AdamCoefficients(1e-3, 0.9, 0.999, 1e-8, 2, 0.1, 1e5))
+    kernel = compile_launch(recorded, capability)
+    assert spilled_bytes(kernel) == 0 and recorded.grid == (3,)
+    in_float32, in_16_bit = (adam.BLOCK // (count * 32 * recorded.warps) for count in (4, 8))
+    code = kernel.asm["ptx"]
+    assert code.count("ld.global.v4.b32") == 4 * in_float32 + (in_16_bit if low else in_float32)
+    assert code.count("st.global.v4.b32") == 4 * in_float32 + (in_16_bit if low else 0)
 
 
 @pytest.mark.parametrize("network", NETWORKS)

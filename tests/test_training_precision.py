@@ -14,8 +14,9 @@ from dydiff.data import Dataset, Limits, Windows
 from dydiff.diffusion import training
 from dydiff.diffusion.edm import Denoiser
 from dydiff.diffusion.training import DiffusionTrainer, choose_precision
-from dydiff.diffusion.update import Update
+from dydiff.diffusion.update import CompiledUpdate, Update
 from dydiff.errors import DydiffError
+from dydiff.kernels import training_cpu
 from dydiff.kernels.training_cpu import AdamCoefficients, adam_average, norm_mish, why_unavailable
 from dydiff.kernels.unet_reference import GROUPS
 from dydiff.networks import build_trajectory_network
@@ -231,14 +232,13 @@ def test_gradients_are_repaired_where_they_lie(low):
     weights[1].data = weights[1].data.transpose(1, 2).contiguous().transpose(1, 2)
     copies = {weights[1]: weights[1].detach().bfloat16().requires_grad_()} if low else {}
     update = Update(weights, [weight.detach().clone() for weight in weights], copies)
-    update.in_one_pass = False
     expected = []
     for weight in weights[:-1]:
         gradient, carrier = 1e6 * torch.randn_like(weight), copies.get(weight, weight)
         gradient[0, ...], gradient[1, ...], gradient[-1, ...] = math.nan, -math.inf, math.inf
         (carrier * gradient.to(carrier.dtype)).sum().backward()
         expected.append(carrier.grad.float().nan_to_num(nan=0, posinf=1e5, neginf=-1e5))
-    update.repair_gradients()
+    update.collect_gradients()
     for weight, wanted in zip(weights, expected, strict=False):
         assert torch.equal(weight.grad, wanted) and weight.grad.stride() == weight.stride()
     assert weights[-1].grad is None
@@ -248,11 +248,11 @@ def test_gradients_are_repaired_where_they_lie(low):
 @pytest.mark.parametrize("precision, tolerance", [("float32", 1e-5), ("bf16", 2e-3)])
 def test_one_pass_and_operators_agree(windows, monkeypatch, precision, tolerance):
     one_pass = make_trainer(windows, precision)
-    assert one_pass.update.in_one_pass
+    assert type(one_pass.update) is CompiledUpdate
     with monkeypatch.context() as patch:
-        patch.setattr(Update.__init__.__globals__["training_cpu"], "why_unavailable", lambda: "not built")
+        patch.setattr(training_cpu, "why_unavailable", lambda: "not built")
         operators = make_trainer(windows, precision)
-    assert not operators.update.in_one_pass
+    assert type(operators.update) is Update
     for _ in range(5):
         torch.testing.assert_close(one_pass._step(), operators._step(), rtol=tolerance, atol=0)
     torch.testing.assert_close(weights(one_pass.ema), weights(operators.ema), rtol=0, atol=tolerance)

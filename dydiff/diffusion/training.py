@@ -20,7 +20,7 @@ from dydiff.diffusion.edm import (
     edm_loss,
     show_foreign_actions,
 )
-from dydiff.diffusion.update import Update
+from dydiff.diffusion.update import make_update
 from dydiff.errors import DydiffError, NotFinite
 from dydiff.finite import find_not_finite
 from dydiff.kernels.native import why_unavailable
@@ -90,7 +90,7 @@ class DiffusionTrainer:
         self.cond_on_action = cond_on_action
         self.foreign_actions = foreign_actions
         self.on_batch = on_batch
-        self.update = Update(list(denoiser.parameters()), list(self.ema.parameters()), copies)
+        self.update = make_update(list(denoiser.parameters()), list(self.ema.parameters()), copies)
         if windows.device.type == "cpu":
             keep_freed_memory()
         self.generator = torch.Generator(windows.device).manual_seed(seed)
@@ -148,7 +148,7 @@ class DiffusionTrainer:
         return self._graph.replay()
 
     def _find_gradients(self) -> torch.Tensor:
-        """Draw a batch, leave its repaired gradients with the weights, and return the mean loss per element."""
+        """Draw a batch, leave its gradients where the update takes them, and return the mean loss per element."""
         self.update.clear_gradients()
         generator, device = self.generator, self.windows.device
         mean = torch.zeros((), device=device)
@@ -171,7 +171,7 @@ class DiffusionTrainer:
                 loss = loss * counted
             (loss.sum() / self.batch_size).backward()
             mean += loss.detach().sum() / (self.batch_size * clean[0].numel())
-        self.update.repair_gradients()
+        self.update.collect_gradients()
         return mean
 
     def _ema_rate(self) -> float:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from dydiff.kernels import unet_reference
 from dydiff.kernels.convolution_cpu import convolve
 from dydiff.kernels.training_cpu import norm_mish
+from dydiff.kernels.triton_trial import why_triton_fails
 from dydiff.networks.unet import ConvBlock, ResidualBlock, UNet
 
 # x, bias, scale, shift, time, residual -> y, as `unet_reference.finish_block`
@@ -130,16 +131,13 @@ def make_training_unet(unet: UNet, precision: str) -> TrainingUNet:
     if not is_on_gpu(unet):
         return TrainingUNet(unet, precision)
     device = unet.final_conv.weight.device
-    try:
-        from dydiff.kernels import finish  # imports triton, which only a GPU needs
-
-        obstacle = finish.why_unusable(device)
-    except ImportError as error:
-        obstacle = str(error)
-    if obstacle:
-        told = f"Training on {device} goes without a fused kernel, and slower, because that cannot be used here: {obstacle}."
+    if obstacle := why_triton_fails(device):
+        told = f"Training on {device} goes without fused kernels, and slower, because they cannot be used here: {obstacle}."
         warnings.warn(told, RuntimeWarning, stacklevel=2)
-    return CudnnTrainingUNet(unet, precision, unet_reference.finish_block if obstacle else finish.finish_block)
+        return CudnnTrainingUNet(unet, precision, unet_reference.finish_block)
+    from dydiff.kernels import finish  # imports triton, which only a GPU needs
+
+    return CudnnTrainingUNet(unet, precision, finish.finish_block)
 
 
 def _as_image(x: Tensor) -> Tensor:
