@@ -1,5 +1,5 @@
 // Raw addresses in, nothing back: the extension knows no tensor type, so it builds without torch and survives its updates.
-// It checks nothing; dydiff.kernels.edm, .unet_cpu, .training_cpu and .convolution_cpu check everything and are its only callers.
+// It checks nothing; dydiff.kernels.edm, .unet_cpu, .matrix_cpu, .training_cpu and .convolution_cpu check everything and call it.
 #include <vector>
 
 #include <pybind11/pybind11.h>
@@ -7,6 +7,7 @@
 
 #include "convolution_cpu.h"
 #include "edm_step.h"
+#include "matrix_cpu.h"
 #include "threads.h"
 #include "training_cpu.h"
 #include "unet_cpu.h"
@@ -119,6 +120,14 @@ void bind_convolution(py::module_ m) {
     }, release);
 }
 
+void bind_matrix(py::module_ m) {
+    m.attr("LANES") = matrix::LANES;
+    m.def("multiply", [](Address x, Address w, Address bias, Address y, int64_t count, int64_t rows, int64_t depth,
+                         int64_t columns, int num_threads) {
+        matrix::multiply(pointer(x), pointer(w), pointer(bias), pointer(y), count, rows, depth, columns, num_threads);
+    }, py::call_guard<py::gil_scoped_release>());
+}
+
 void bind_threads(py::module_ m) {
     m.def("join", [](Address parallel, Address index, Address count) {
         threads::pool.parallel = reinterpret_cast<decltype(threads::Pool::parallel)>(parallel);
@@ -130,14 +139,15 @@ void bind_threads(py::module_ m) {
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-    m.doc() = "Sampler steps, U-Net blocks and training on raw addresses; dydiff.kernels.edm, .unet_cpu, .training_cpu and "
-              ".convolution_cpu are the interface.";
+    m.doc() = "Sampler steps, U-Net blocks and training on raw addresses; dydiff.kernels.edm, .unet_cpu, .matrix_cpu, "
+              ".training_cpu and .convolution_cpu are the interface.";
     bind_threads(m.def_submodule("threads"));
     py::module_ unet = m.def_submodule("unet");
     bind_unet<unet::bfloat16>(unet.def_submodule("bfloat16"));
     bind_unet<float>(unet.def_submodule("float32"));
     bind_training(m.def_submodule("training"));
     bind_convolution(m.def_submodule("convolution"));
+    bind_matrix(m.def_submodule("matrix"));
     bind<>(m.def_submodule("cpu"), edm::cpu::churn, edm::cpu::churn_philox, edm::cpu::euler, edm::cpu::heun);
 #ifdef DYDIFF_WITH_CUDA
     py::module_ cuda = m.def_submodule("cuda");

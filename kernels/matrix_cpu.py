@@ -1,9 +1,13 @@
-"""Products with a constant matrix on the CPU, laid out once for the processor.
+"""Products with constant matrices on the CPU, laid out once for the processor.
 
-oneDNN multiplies blocks of a matrix that it first copies into the order in which its instructions read them. On two cores of an
-EPYC, six products of 208 rows with 1024 x 1024 matrices ran at 795 GFLOP/s with that copy and at 816 without; when other
-processes filled caches and memory, at 141 and 388 on one core. PyTorch offers the copy as an operator of its own, which its
-compiler uses for frozen weights; where it is missing, these are plain products.
+In float32 they are csrc/matrix_cpu.cpp's. With few rows the time of a product is that of reading the matrix, and there oneDNN comes
+to half of what memory gives: 17 products of 8 rows with 1024 x 1024 matrices took 8.5 ms in it and 5.8 here, of 32 rows 15.1 and
+11.0, of 256 rows 66 and 63 (two threads of a Zen 3 EPYC).
+
+In bfloat16 they are oneDNN's, which multiplies blocks of a matrix that it first copies into the order in which its instructions
+read them. On two cores of an EPYC, six products of 208 rows with 1024 x 1024 matrices ran at 795 GFLOP/s with that copy and at 816
+without; when other processes filled caches and memory, at 141 and 388 on one core. PyTorch offers the copy as an operator of its
+own, which its compiler uses for frozen weights; where it is missing, these are plain products.
 """
 
 from __future__ import annotations
@@ -15,46 +19,78 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LARGE = 1024 * 1024  # elements, from which on the layout pays in float32
+from dydiff.errors import DydiffError
+from dydiff.kernels import native
 
 
 class ConstantMatrix:
     """Computes rows @ weight + bias: weight [K, N] and bias [N] as they are now, in `dtype` with float32 sums."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
-        self._bias = None if bias is None else bias.to(dtype)
-        self._weight = weight.to(dtype).T.contiguous()
-        self._ordered = can_order(dtype)
-        if self._ordered:
-            self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight)
+        self._panels = _Panels(weight[None], bias) if dtype == torch.float32 else None
+        if self._panels is None:
+            self._bias = None if bias is None else bias.to(dtype, copy=True)
+            self._weight = weight.to(dtype, copy=True).T.contiguous()
+            self._ordered = can_order(dtype)
+            if self._ordered:
+                self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight)
 
     def multiply(self, rows: Tensor) -> Tensor:
         """rows [M, K] -> [M, N], both of the matrix's dtype."""
+        if self._panels is not None:
+            return self._panels.multiply(rows[None])[0]
         if self._ordered:
             return torch.ops.mkldnn._linear_pointwise(rows, self._weight, self._bias, "none", [], "")
         return F.linear(rows, self._weight, self._bias)
 
 
 class ConstantMatrices:
-    """Computes rows[p] @ weight[p] for each p: weight [P, K, N] as it is now, in `dtype` with float32 sums.
-
-    A call of oneDNN's costs some 40 us beside its work, most of the time of 64 x 64 (one core of a Zen 3 EPYC, float32): a stack of
-    small matrices is one call. In bfloat16 PyTorch computes some stacks with loops of its own.
-    """
+    """Computes rows[p] @ weight[p] for each p: weight [P, K, N] as it is now, in `dtype` with float32 sums."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype):
         self.columns = weight.shape[2]
-        self._stack = self._each = None
-        if dtype == torch.float32 and weight[0].numel() < LARGE:
-            self._stack = weight.to(dtype).contiguous()
-        else:
-            self._each = [ConstantMatrix(matrix, None, dtype) for matrix in weight]
+        self._panels = _Panels(weight, None) if dtype == torch.float32 else None
+        self._each = [] if self._panels is not None else [ConstantMatrix(matrix, None, dtype) for matrix in weight]
 
     def multiply(self, rows: Tensor) -> Sequence[Tensor]:
         """rows [P, M, K] -> P of [M, N], all of the matrices' dtype."""
-        if self._stack is not None:
-            return torch.bmm(rows, self._stack)
+        if self._panels is not None:
+            return self._panels.multiply(rows)
         return [matrix.multiply(each) for matrix, each in zip(self._each, rows, strict=True)]
+
+
+class _Panels:
+    """Float32 matrices [P, K, N] and their one bias [N] as csrc/matrix_cpu.h has them.
+
+    Raises:
+        DydiffError: the compiled part is missing (names how to build it).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        if native.extension is None:
+            raise DydiffError(native.why_unavailable())
+        lanes = native.extension.matrix.LANES
+        count, depth, self._columns = weight.shape
+        panels = -(-self._columns // lanes)
+        padded = F.pad(weight.float(), (0, panels * lanes - self._columns))
+        self._weight = torch.empty(count, panels, depth, lanes)
+        self._weight.copy_(padded.view(count, depth, panels, lanes).transpose(1, 2))
+        self._bias = None if bias is None else bias.to(torch.float32, copy=True)
+
+    def multiply(self, rows: Tensor) -> Tensor:
+        """rows [P, M, K] -> [P, M, N]."""
+        rows = rows.contiguous()
+        count, height, depth = rows.shape
+        if rows.dtype != torch.float32 or (count, depth) != (self._weight.shape[0], self._weight.shape[2]):
+            raise DydiffError(
+                f"{self._weight.shape[0]} matrices of {self._weight.shape[2]} rows in float32 multiply as many columns, not "
+                f"{list(rows.shape)} in {rows.dtype}."
+            )
+        product = rows.new_empty(count, height, self._columns)
+        bias = 0 if self._bias is None else self._bias.data_ptr()
+        addresses = rows.data_ptr(), self._weight.data_ptr(), bias, product.data_ptr()
+        native.extension.matrix.multiply(*addresses, count, height, depth, self._columns, torch.get_num_threads())
+        return product
 
 
 @cache

@@ -1,9 +1,8 @@
 """The U-Net's blocks on the CPU: Winograd convolutions (winograd.py) with everything around the products fused.
 
-In bfloat16 for processors that multiply it (AVX-512 bf16 or AMX), in float32 for all others. Matrix products run in oneDNN, against
-matrices that are laid out once for it, or where these are small in PyTorch's batched product (matrix_cpu.py). The transforms, the
-normalisation and the activation are csrc/unet_cpu.cpp: one pass before and one after the products, where PyTorch's chain of
-operators makes a dozen. Sums and norms are float32.
+In bfloat16 for processors that multiply it (AVX-512 bf16 or AMX), in float32 for all others. Matrix products (matrix_cpu.py) are
+against matrices that are laid out once for them. The transforms, the normalisation and the activation are csrc/unet_cpu.cpp: one
+pass before and one after the products, where PyTorch's chain of operators makes a dozen. Sums and norms are float32.
 
 Error of a convolution of independent rows: bfloat16 2.04 times the rounding of a direct one, float32 264 times, some 1e-5. Rollouts
 in bfloat16 stay within 2e-2 of float32 (tests/conformance.py --backend bf16), those in float32 within float32's limits.

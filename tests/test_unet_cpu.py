@@ -71,6 +71,11 @@ def test_mish_at_its_ends(dtype):
     assert (fused - exact).norm() <= WINOGRAD_FACTOR[dtype] * (plain - exact).norm()
 
 
+def insist_on(product: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> None:
+    assert product.dtype == dtype and product.shape == exact.shape
+    assert (product.double() - exact).abs().max() <= (torch.finfo(dtype).eps / 2 + 1e-6) * exact.abs().max()  # float32 sums
+
+
 @DTYPES
 @pytest.mark.parametrize("ordered", [True, False])
 def test_constant_matrices(ordered, dtype, monkeypatch):
@@ -78,20 +83,32 @@ def test_constant_matrices(ordered, dtype, monkeypatch):
         pytest.skip("PyTorch cannot lay out matrices for oneDNN here")
     monkeypatch.setattr(matrix_cpu, "can_order", lambda dtype: ordered)
     generator = torch.Generator().manual_seed(0)
-    rows, weight, bias = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((3, 5, 70), (3, 70, 33), (33,)))
-    exact = rows.double() @ weight.double()
+    for width in (32, 33):
+        shapes = (3, 5, 70), (3, 70, width), (width,)
+        rows, weight, bias = (torch.randn(*shape, generator=generator).to(dtype) for shape in shapes)
+        exact = rows.double() @ weight.double()
+        one, many = matrix_cpu.ConstantMatrix(weight[0], bias, dtype), matrix_cpu.ConstantMatrices(weight, dtype)
+        first = exact[0] + bias.double()
+        weight.zero_()
+        bias.zero_()
+        insist_on(one.multiply(rows[0]), first, dtype)
+        insist_on(torch.stack(list(many.multiply(rows))), exact, dtype)
 
-    def insist_on(product: torch.Tensor, exact: torch.Tensor) -> None:
-        assert product.dtype == dtype
-        assert (product.double() - exact).abs().max() <= (torch.finfo(dtype).eps / 2 + 1e-6) * exact.abs().max()  # float32 sums
 
-    insist_on(matrix_cpu.ConstantMatrix(weight[0], bias, dtype).multiply(rows[0]), exact[0] + bias.double())
-    for large in (1, 10**9):  # float32 matrices are laid out, or a stack
-        monkeypatch.setattr(matrix_cpu, "LARGE", large)
-        matrices = matrix_cpu.ConstantMatrices(weight, dtype)
-        insist_on(torch.stack(list(matrices.multiply(rows))), exact)
-    weight.zero_()
-    assert torch.equal(matrix_cpu.ConstantMatrix(weight[0], None, dtype).multiply(rows[0]), torch.zeros(5, 33, dtype=dtype))
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("depth, columns", [(1, 1), (130, 31), (257, 96), (128, 64)])
+def test_products_in_float32(depth, columns, threads, monkeypatch):
+    """Every number of rows that a group of them may have, more than share a reading of the matrix, and memory that is not clean."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(2, depth, columns, generator=generator)
+    matrices = matrix_cpu.ConstantMatrices(weight, torch.float32)
+    for count in (*range(1, 14), 95, 96, 97, 200):
+        rows = torch.randn(2, count, depth, generator=generator)
+        poisoned(2, count, columns, dtype=torch.float32)
+        insist_on(matrices.multiply(rows), rows.double() @ weight.double(), torch.float32)
+    with pytest.raises(DydiffError, match="multiply as many columns"):
+        matrices.multiply(torch.zeros(2, 3, depth + 1))
 
 
 @DTYPES

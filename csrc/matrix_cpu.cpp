@@ -1,0 +1,139 @@
+#include "matrix_cpu.h"
+
+#include "threads.h"
+#include "vectors.h"
+
+namespace matrix {
+namespace {
+
+using threads::parallel;
+
+constexpr int64_t CHUNK = 96;   // rows of x that share a reading of a matrix
+constexpr int64_t DEPTH = 128;  // terms of a sum at a time: a panel's 16 KB stay in the cache, and short sums lose fewer digits
+constexpr int64_t AHEAD = 128;  // how many rows of a panel before its use memory is asked for one
+
+template <int WIDTH>
+struct Vector {
+    typedef float type __attribute__((vector_size(4 * WIDTH)));
+    typedef float anywhere __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+};
+
+// A part of x's rows, a chunk of one matrix's, laid out in groups of up to GROUP rows: [depth][rows of the group] each.
+struct Chunk {
+    int64_t first, rows, groups;
+
+    Chunk(int64_t index, int64_t chunks, int64_t all_rows, int64_t group)
+        : first(all_rows * index / chunks), rows(all_rows * (index + 1) / chunks - first), groups((rows + group - 1) / group) {}
+
+    int64_t begin(int64_t group) const { return rows * group / groups; }
+
+    void lay_out(const float* x, float* to, int64_t depth) const {
+        for (int64_t group = 0; group < groups; ++group) {
+            const int64_t from = begin(group), count = begin(group + 1) - from;
+            for (int64_t row = 0; row < count; ++row) {
+                const float* const source = x + (first + from + row) * depth;
+                float* const target = to + from * depth + row;
+                for (int64_t k = 0; k < depth; ++k) target[k * count] = source[k];
+            }
+        }
+    }
+};
+
+// sums [ROWS, LANES] (+)= x [depth, ROWS]^T panel [depth, LANES].
+template <int WIDTH, int ROWS, bool ASK>
+ALWAYS_INLINE void multiply_group(const float* x, const float* panel, int64_t depth, float* sums, bool add) {
+    using Anywhere = typename Vector<WIDTH>::anywhere;
+    constexpr int PARTS = LANES / WIDTH;
+    typename Vector<WIDTH>::type sum[ROWS][PARTS];
+#pragma GCC unroll 32
+    for (int i = 0; i < ROWS * PARTS; ++i) sum[i / PARTS][i % PARTS] = typename Vector<WIDTH>::type{};
+    for (int64_t k = 0; k < depth; ++k, x += ROWS, panel += LANES) {
+        if (ASK) {
+            __builtin_prefetch(panel + AHEAD * LANES, 0, 3);
+            __builtin_prefetch(panel + AHEAD * LANES + 16, 0, 3);
+        }
+        typename Vector<WIDTH>::type part[PARTS];
+#pragma GCC unroll 4
+        for (int i = 0; i < PARTS; ++i) part[i] = *reinterpret_cast<const Anywhere*>(panel + i * WIDTH);
+#pragma GCC unroll 32
+        for (int i = 0; i < ROWS * PARTS; ++i) sum[i / PARTS][i % PARTS] += x[i / PARTS] * part[i % PARTS];
+    }
+    Anywhere* to = reinterpret_cast<Anywhere*>(sums);
+#pragma GCC unroll 32
+    for (int i = 0; i < ROWS * PARTS; ++i) to[i] = add ? to[i] + sum[i / PARTS][i % PARTS] : sum[i / PARTS][i % PARTS];
+}
+
+template <int WIDTH, int ROWS, bool ASK>
+ALWAYS_INLINE void multiply_up_to(int64_t rows, const float* x, const float* panel, int64_t depth, float* sums, bool add) {
+    if constexpr (ROWS > 1) {
+        if (rows < ROWS) return multiply_up_to<WIDTH, ROWS - 1, ASK>(rows, x, panel, depth, sums, add);
+    }
+    multiply_group<WIDTH, ROWS, ASK>(x, panel, depth, sums, add);
+}
+
+// One panel: x as a chunk lays it out -> sums [rows of the chunk, LANES]. GROUP x LANES sums are as many as the registers hold.
+template <int WIDTH, int GROUP>
+ALWAYS_INLINE void multiply_panel(const float* x, const float* panel, int64_t depth, const Chunk& chunk, float* sums) {
+    for (int64_t k = 0; k < depth; k += DEPTH) {
+        const int64_t terms = std::min(DEPTH, depth - k);
+        for (int64_t group = 0; group < chunk.groups; ++group) {
+            const int64_t from = chunk.begin(group), rows = chunk.begin(group + 1) - from;
+            const float *own = x + from * depth + k * rows, *part = panel + k * LANES;
+            if (group == 0) {
+                multiply_up_to<WIDTH, GROUP, true>(rows, own, part, terms, sums + from * LANES, k > 0);
+            } else {
+                multiply_up_to<WIDTH, GROUP, false>(rows, own, part, terms, sums + from * LANES, k > 0);
+            }
+        }
+    }
+}
+
+using MultiplyPanel = void (*)(const float* x, const float* panel, int64_t depth, const Chunk& chunk, float* sums);
+
+// For 16 registers of 8 numbers.
+constexpr int64_t NARROW_GROUP = 3;
+FOR_EACH_CPU void multiply_narrow(const float* x, const float* panel, int64_t depth, const Chunk& chunk, float* sums) {
+    multiply_panel<8, NARROW_GROUP>(x, panel, depth, chunk, sums);
+}
+
+#if defined(__x86_64__) && defined(__GNUC__)
+// For 32 registers of 16 numbers.
+constexpr int64_t WIDE_GROUP = 6;
+__attribute__((target("avx512f"))) void multiply_wide(const float* x, const float* panel, int64_t depth, const Chunk& chunk,
+                                                      float* sums) {
+    multiply_panel<16, WIDE_GROUP>(x, panel, depth, chunk, sums);
+}
+
+bool is_wide() { return __builtin_cpu_supports("avx512f"); }
+#else
+constexpr int64_t WIDE_GROUP = NARROW_GROUP;
+constexpr MultiplyPanel multiply_wide = multiply_narrow;
+bool is_wide() { return false; }
+#endif
+
+}  // namespace
+
+void multiply(const float* x, const float* w, const float* bias, float* y, int64_t count, int64_t rows, int64_t depth,
+              int64_t columns, int num_threads) {
+    static const bool wide = is_wide();
+    const MultiplyPanel multiply_panel = wide ? multiply_wide : multiply_narrow;
+    const int64_t panels = (columns + LANES - 1) / LANES, chunks = (rows + CHUNK - 1) / CHUNK;
+    parallel(count * chunks * panels, num_threads, [=](int64_t begin, int64_t end) {
+        // Kept from call to call: memory that is asked for anew comes as untouched pages.
+        static thread_local std::vector<float> laid_out, sums(CHUNK * LANES);
+        laid_out.resize(std::max<size_t>(laid_out.size(), CHUNK * depth));
+        for (int64_t unit = begin; unit < end; ++unit) {
+            const int64_t panel = unit % panels, part = unit / panels % chunks, matrix = unit / panels / chunks;
+            const Chunk chunk(part, chunks, rows, wide ? WIDE_GROUP : NARROW_GROUP);
+            if (unit == begin || panel == 0) chunk.lay_out(x + matrix * rows * depth, laid_out.data(), depth);
+            multiply_panel(laid_out.data(), w + (matrix * panels + panel) * depth * LANES, depth, chunk, sums.data());
+            const int64_t first = panel * LANES, lanes = std::min<int64_t>(LANES, columns - first);
+            for (int64_t row = 0; row < chunk.rows; ++row) {
+                float* const to = y + (matrix * rows + chunk.first + row) * columns + first;
+                for (int64_t i = 0; i < lanes; ++i) to[i] = sums[row * LANES + i] + (bias ? bias[first + i] : 0.0f);
+            }
+        }
+    });
+}
+
+}  // namespace matrix
