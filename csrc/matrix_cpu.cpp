@@ -10,7 +10,7 @@ using threads::parallel;
 
 constexpr int64_t CHUNK = 96;   // rows of x that share a reading of a matrix
 constexpr int64_t DEPTH = 128;  // terms of a sum at a time: a panel's 16 KB stay in the cache, and short sums lose fewer digits
-constexpr int64_t AHEAD = 128;  // how many rows of a panel before its use memory is asked for one
+constexpr int64_t FEW = 6;      // groups of rows, up to which reading a matrix takes longer than multiplying it
 
 template <int WIDTH>
 struct Vector {
@@ -39,6 +39,11 @@ struct Chunk {
     }
 };
 
+// Has memory send a row of a panel.
+ALWAYS_INLINE void ask_for(const float* row) {
+    for (int lane = 0; lane < LANES; lane += 16) __builtin_prefetch(row + lane, 0, 3);
+}
+
 // sums [ROWS, LANES] (+)= x [depth, ROWS]^T panel [depth, LANES].
 template <int WIDTH, int ROWS, bool ASK>
 ALWAYS_INLINE void multiply_group(const float* x, const float* panel, int64_t depth, float* sums, bool add) {
@@ -48,10 +53,7 @@ ALWAYS_INLINE void multiply_group(const float* x, const float* panel, int64_t de
 #pragma GCC unroll 32
     for (int i = 0; i < ROWS * PARTS; ++i) sum[i / PARTS][i % PARTS] = typename Vector<WIDTH>::type{};
     for (int64_t k = 0; k < depth; ++k, x += ROWS, panel += LANES) {
-        if (ASK) {
-            __builtin_prefetch(panel + AHEAD * LANES, 0, 3);
-            __builtin_prefetch(panel + AHEAD * LANES + 16, 0, 3);
-        }
+        if (ASK) ask_for(panel + DEPTH * LANES);
         typename Vector<WIDTH>::type part[PARTS];
 #pragma GCC unroll 4
         for (int i = 0; i < PARTS; ++i) part[i] = *reinterpret_cast<const Anywhere*>(panel + i * WIDTH);
@@ -74,16 +76,22 @@ ALWAYS_INLINE void multiply_up_to(int64_t rows, const float* x, const float* pan
 // One panel: x as a chunk lays it out -> sums [rows of the chunk, LANES]. GROUP x LANES sums are as many as the registers hold.
 template <int WIDTH, int GROUP>
 ALWAYS_INLINE void multiply_panel(const float* x, const float* panel, int64_t depth, const Chunk& chunk, float* sums) {
+    const bool few = chunk.groups < FEW;
     for (int64_t k = 0; k < depth; k += DEPTH) {
         const int64_t terms = std::min(DEPTH, depth - k);
         for (int64_t group = 0; group < chunk.groups; ++group) {
             const int64_t from = chunk.begin(group), rows = chunk.begin(group + 1) - from;
             const float *own = x + from * depth + k * rows, *part = panel + k * LANES;
-            if (group == 0) {
+            // Of the next block one row at each of these products, or where there are many, some before each group of them.
+            if (few && group == 0) {
                 multiply_up_to<WIDTH, GROUP, true>(rows, own, part, terms, sums + from * LANES, k > 0);
-            } else {
-                multiply_up_to<WIDTH, GROUP, false>(rows, own, part, terms, sums + from * LANES, k > 0);
+                continue;
             }
+            if (!few) {
+                const int64_t end = DEPTH + DEPTH * (group + 1) / chunk.groups;
+                for (int64_t row = DEPTH + DEPTH * group / chunk.groups; row < end; ++row) ask_for(part + row * LANES);
+            }
+            multiply_up_to<WIDTH, GROUP, false>(rows, own, part, terms, sums + from * LANES, k > 0);
         }
     }
 }

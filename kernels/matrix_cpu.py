@@ -71,10 +71,9 @@ class _Panels:
             raise DydiffError(native.why_unavailable())
         lanes = native.extension.matrix.LANES
         count, depth, self._columns = weight.shape
-        panels = -(-self._columns // lanes)
-        padded = F.pad(weight.float(), (0, panels * lanes - self._columns))
-        self._weight = torch.empty(count, panels, depth, lanes)
-        self._weight.copy_(padded.view(count, depth, panels, lanes).transpose(1, 2))
+        self._weight = torch.zeros(count, -(-self._columns // lanes), depth, lanes)
+        for panel, columns in zip(self._weight.unbind(1), weight.split(lanes, dim=2), strict=True):
+            panel[..., : columns.shape[2]] = columns
         self._bias = None if bias is None else bias.to(torch.float32, copy=True)
 
     def multiply(self, rows: Tensor) -> Tensor:
