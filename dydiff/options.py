@@ -119,7 +119,7 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_length_of_trajectory", type=count, default=100, help="horizon H of the model, in rows")
     parser.add_argument("--rl_model_type", default="UNet_RL", help="network: UNet_RL, Transformer_RL or MLP_RL")
     parser.add_argument("--dim", type=count, default=None, help="base width of the network (default: the network's own)")
-    parser.add_argument("--dim_mults", type=parse_ints, default=[1, 4, 8], help="UNet_RL's widths by level, times dim")
+    parser.add_argument("--dim_mults", type=parse_ints, default=None, help="UNet_RL's widths by level, times dim (default: 1,4,8)")
     parser.add_argument("--include_action", type=parse_bool, default=True, help="model actions beside observations")
     parser.add_argument("--use_cond", type=parse_bool, default=True, help="show the clean first observation in training")
     parser.add_argument("--cond_on_action", type=parse_bool, default=True, help="show the clean actions in training")
@@ -163,13 +163,15 @@ def training_settings(options: argparse.Namespace) -> dict[str, Any]:
         raise DydiffError("--cond_on_action=True needs --include_action=True: there are no actions to condition on.")
     if options.foreign_actions and not options.cond_on_action:
         raise DydiffError("--foreign_actions needs --cond_on_action=True: without it no actions are shown at all.")
+    if options.dim_mults is not None and options.rl_model_type != "UNet_RL":
+        raise DydiffError(f"--dim_mults goes with --rl_model_type=UNet_RL, not with {options.rl_model_type}: leave it out.")
     return {
         "dataset_name": options.dataset,
         "network": {
             "kind": options.rl_model_type,
             "horizon": options.max_length_of_trajectory,
             "dim": options.dim,
-            "dim_mults": options.dim_mults,
+            "dim_mults": options.dim_mults or [1, 4, 8],
         },
         "include_action": options.include_action,
         "use_cond": options.use_cond,

@@ -200,6 +200,7 @@ COMMANDS = [
     ("train -m x --cond_on_action=False --foreign_actions=0.5", 1, "--foreign_actions needs --cond_on_action=True"),
     ("train -m x --foreign_actions=1.5", 2, "argument --foreign_actions: 1.5 is not between 0 and 1"),
     ("train -m x --include_action=False", 1, "--cond_on_action=True needs --include_action=True"),
+    ("train -m x --rl_model_type=MLP_RL --dim_mults=1,2", 1, "--dim_mults goes with --rl_model_type=UNet_RL, not with MLP_RL"),
     ("train -m hoper-medium-v2 --device=cpu", 1, "Unknown dataset 'hoper-medium-v2'"),
     ("train -m hopper-medium-v2 --device=cpu", 1, "Get it with `dydiff data download hopper-medium-v2`"),
     ("train -m x --device=gpu", 1, "'gpu' is not a device"),
