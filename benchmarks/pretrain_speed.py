@@ -213,7 +213,7 @@ class Ours:
     def gradient(self) -> Tensor:
         self.work.loss(self.trainer.learner).backward()
         update = self.trainer.update
-        gradients = [update.copies.get(weight, weight).grad.flatten().float() for weight in update.weights]
+        gradients = [update.gradient_of(weight).flatten().float() for weight in update.weights]
         update.clear_gradients()
         return torch.cat(gradients)
 
