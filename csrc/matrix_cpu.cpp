@@ -124,7 +124,7 @@ bool is_wide() { return false; }
 void multiply(const float* x, const float* w, const float* bias, float* y, int64_t count, int64_t rows, int64_t depth,
               int64_t columns, int num_threads) {
     static const bool wide = is_wide();
-    const MultiplyPanel multiply_panel = wide ? multiply_wide : multiply_narrow;
+    const MultiplyPanel compute = wide ? multiply_wide : multiply_narrow;
     const int64_t panels = (columns + LANES - 1) / LANES, chunks = (rows + CHUNK - 1) / CHUNK;
     parallel(count * chunks * panels, num_threads, [=](int64_t begin, int64_t end) {
         // Kept from call to call: memory that is asked for anew comes as untouched pages.
@@ -134,7 +134,7 @@ void multiply(const float* x, const float* w, const float* bias, float* y, int64
             const int64_t panel = unit % panels, part = unit / panels % chunks, matrix = unit / panels / chunks;
             const Chunk chunk(part, chunks, rows, wide ? WIDE_GROUP : NARROW_GROUP);
             if (unit == begin || panel == 0) chunk.lay_out(x + matrix * rows * depth, laid_out.data(), depth);
-            multiply_panel(laid_out.data(), w + (matrix * panels + panel) * depth * LANES, depth, chunk, sums.data());
+            compute(laid_out.data(), w + (matrix * panels + panel) * depth * LANES, depth, chunk, sums.data());
             const int64_t first = panel * LANES, lanes = std::min<int64_t>(LANES, columns - first);
             for (int64_t row = 0; row < chunk.rows; ++row) {
                 float* const to = y + (matrix * rows + chunk.first + row) * columns + first;
