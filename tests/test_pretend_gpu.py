@@ -25,6 +25,7 @@ from dydiff.agents import AGENTS
 from dydiff.backend_choice import choose_backend
 from dydiff.capture import CapturedGraph, capture_if_gpu, warm_up
 from dydiff.data import Transitions
+from dydiff.diffusion import update
 from dydiff.diffusion.edm import Denoiser
 from dydiff.diffusion.fast_sampler import FastMode
 from dydiff.errors import DydiffError
@@ -190,11 +191,33 @@ def _tensors(tree: object) -> list[Tensor]:
     return [tree] if isinstance(tree, Tensor) else []
 
 
-def test_captured_training_of_the_diffusion_model(cards, windows):  # noqa: F811
+def plain_adam(weight, first, second, average, gradient, copy, coefficients) -> SimpleNamespace:
+    """What kernels/adam.py's launch does, by PyTorch; kernels do not run on a pretended card."""
+
+    def run() -> None:
+        rest_1, beta_2, rest_2, epsilon, step_size, root_correction, rate, limit = coefficients.arguments()
+        g = gradient.float().nan_to_num(nan=0, posinf=limit, neginf=-limit)
+        first.lerp_(g, rest_1)
+        second.mul_(beta_2).addcmul_(g, g, value=rest_2)
+        weight.addcdiv_(first, (second.sqrt() / root_correction).add_(epsilon), value=-step_size)
+        average.lerp_(weight, rate)
+        if copy is not None:
+            copy.copy_(weight)
+
+    return SimpleNamespace(run=run)
+
+
+@pytest.mark.parametrize("by_kernel", [False, True])
+def test_captured_training_of_the_diffusion_model(cards, windows, by_kernel, monkeypatch):  # noqa: F811
+    if by_kernel:
+        kernel_update = pytest.importorskip("dydiff.diffusion.kernel_update")
+        monkeypatch.setattr(kernel_update, "adam_average", plain_adam)
+        monkeypatch.setattr(update, "why_triton_fails", lambda device: "")
     there = copy.deepcopy(windows)
     for name in ("start", "length", "rows", "_offset", "limits"):
         setattr(there, name, getattr(there, name).to(SECOND))
     captured, plain = (make_trainer(there, "bf16") for _ in range(2))
+    assert type(captured.update).__name__ == ("KernelUpdate" if by_kernel else "Update")
     plain.captures = False
     for _ in range(2):
         captured._step(), plain._step()
