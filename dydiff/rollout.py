@@ -24,7 +24,7 @@ from dydiff.diffusion.edm import Denoiser
 from dydiff.diffusion.fast_sampler import FastMode
 from dydiff.diffusion.sampler import Draw, sample_edm
 from dydiff.dynamics import DynamicsEnsemble
-from dydiff.errors import DydiffError
+from dydiff.errors import DydiffError, NotFinite
 from dydiff.kernels import edm
 from dydiff.memory import compute_in_chunks
 from dydiff.ranges import named_range
@@ -133,6 +133,7 @@ class RolloutEngine:
 
         Raises:
             DydiffError: an argument of another kind, shape or device, or a policy whose actions are.
+            NotFinite: a NaN or an infinity in `start`, or in the rollout (names the first row and step that have one).
         """
         iterations = self.iterations if iterations is None else iterations
         check_count("iterations", iterations, 0)
@@ -146,13 +147,18 @@ class RolloutEngine:
         if not isinstance(generator, torch.Generator) or generator.device.type != start.device.type:
             given = f"one on {generator.device}" if isinstance(generator, torch.Generator) else describe(generator)
             raise DydiffError(f"generator must be a torch.Generator on {start.device}, not {given}.")
+        _check_finite("start holds", start, "Take observations that are finite.")
 
         def roll_out_chunk(part: Tensor) -> tuple[Tensor, ...]:
             return self._chunk_function(policy, generator, draw, iterations)(part)
 
         setting = "rl_trainer_params.each_rollout_size"
         chunks = compute_in_chunks(roll_out_chunk, start, self.chunk_size, generator, self._halve, setting)
-        return Trajectory(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+        trajectory = Trajectory(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+        for name, values in trajectory._asdict().items():
+            remedy = "The start was finite: look at the policy's weights and at the logs of the models that roll it out."
+            _check_finite(f"A rollout holds in its {name}", values, remedy)
+        return trajectory
 
     def _halve(self, size: int) -> None:
         """Keep to smaller chunks from now on; graphs of the larger ones go, for they hold memory."""
@@ -241,6 +247,15 @@ class RolloutEngine:
             if len(rows):
                 sampled[rows] = sample(denoiser, rows)
         return sampled
+
+
+def _check_finite(what: str, values: Tensor, remedy: str) -> None:
+    """Raise NotFinite unless `values` [B, ...] are finite; it names the first row, and the step of [B, H, ...]. Waits for them."""
+    finite = values.isfinite()
+    if not finite.all():
+        row, *step, _ = finite.logical_not().nonzero()[0].tolist()
+        place = "".join([f"row {row}", *(f", step {each}" for each in step)])
+        raise NotFinite(f"{what} a NaN or an infinity, first in {place}. {remedy}")
 
 
 def _check_sampler(sampler: Mapping[str, float] | None) -> None:

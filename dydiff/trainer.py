@@ -49,14 +49,14 @@ class Rollouts:
 
     @torch.no_grad()
     def judge(self, generator: torch.Generator, observation: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores [B] of rollouts, which of them to keep [B], and whether observations, actions and scores are finite [3].
+        """Scores [B] of rollouts, which of them to keep [B], and whether all scores are finite [].
 
         Nothing here may wait for the device: on a GPU it is captured.
         """
         trajectory = Trajectory(observation, action)
         scores = score(self.reward_model, trajectory)
         keep = keep_mask(scores, self.filter_type, self.threshold, self.softmax_temp, generator)
-        return scores, keep, torch.stack([values.isfinite().all() for values in (*trajectory, scores)])
+        return scores, keep, scores.isfinite().all()
 
 
 @dataclass
@@ -199,15 +199,11 @@ class PolicyTrainer:
         trajectory = rollouts.engine.roll_out(self._act, start, self.generator)
         trajectory = Trajectory(*(field[:, : rollouts.length] for field in trajectory))
         scores, keep, finite = self._judge(*trajectory)
-        values_by_name = trajectory._asdict() | {"score": scores}
-        for is_finite, (name, values) in zip(finite.tolist(), values_by_name.items(), strict=True):
-            if not is_finite:
-                place = values.isfinite().logical_not().nonzero()[0].tolist()
-                row = f", step {place[1]}" if len(place) > 1 else ""
-                raise NotFinite(
-                    f"The rollout of epoch {self.epoch + 1} holds a NaN or an infinity in its {name}, first in rollout {place[0]}"
-                    f"{row}. The policy's weights are finite, so look at the logs of the models that roll it out."
-                )
+        if not finite:
+            raise NotFinite(
+                f"The reward model scores a rollout of epoch {self.epoch + 1} with NaN or infinity, though the rollout is finite: "
+                "look at the log of its training."
+            )
         kept = Trajectory(*(field[keep] for field in trajectory))
         transitions, mean_length = make_synthetic_transitions(kept, rollouts.reward_model, rollouts.is_terminal, self.spaces)
         self.synthetic.extend(transitions)

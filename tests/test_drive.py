@@ -101,16 +101,22 @@ def rewrite(file: Path, kind: str, change) -> None:
     save_checkpoint(file, kind, tree, {key: value for key, value in manifest.items() if key not in ("format", "kind", "dydiff")})
 
 
-def test_nan_in_a_rollout_is_told_with_tensor_and_place(run_stage, dataset, models, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (DYNAMICS, ["A rollout holds in its observation a NaN or an infinity, first in row ", ", step 1."]),
+        (REWARD, ["The reward model scores a rollout of epoch 1 with NaN or infinity"]),
+    ],
+)
+def test_nan_in_a_rollout_is_told_with_tensor_and_place(run_stage, dataset, models, tmp_path, kind, told):
     def enlarge(tree: dict, manifest: dict) -> None:
         for name, tensor in tree.items():
             if name.endswith("weight"):
                 tensor.mul_(1e30)
 
-    rewrite(models[DYNAMICS], DYNAMICS, enlarge)
+    rewrite(models[kind], kind, enlarge)
     outcome = run_stage("td3_bc", dataset, CPU, *use(models))
-    place = "in its observation, first in rollout ", ", step 1."
-    check_refusal(outcome, "The rollout of epoch 1", *place, "The state after epoch 0")
+    check_refusal(outcome, *told, "The state after epoch 0")
     check_saved(only_run(tmp_path / "runs"), epoch=0)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from dydiff.data import Limits, Spaces, ZScore
 from dydiff.diffusion.edm import Denoiser, precondition
 from dydiff.dynamics import DynamicsEnsemble
-from dydiff.errors import DydiffError
+from dydiff.errors import DydiffError, NotFinite
 from dydiff.networks import build_trajectory_network
 from dydiff.reward import RewardModel
 from dydiff.rollout import RolloutEngine, Trajectory, make_synthetic_transitions, score
@@ -195,6 +197,19 @@ def test_observations_outside_of_the_data_come_back_clipped():
     trajectory = make_engine(iterations=1).roll_out(policy, start, generator())
     raw = make_spaces().observation_policy_to_raw(trajectory.observation)
     assert raw[0, 0, 0] == pytest.approx(50.0)
+
+
+def test_nan_is_told_with_its_place():
+    start = starts(4)
+
+    def diverges(observation: Tensor) -> Tensor:
+        return policy(observation).index_fill(0, torch.tensor(3), math.nan)
+
+    with pytest.raises(NotFinite, match="^A rollout holds in its observation a NaN or an infinity, first in row 3, step 1. "):
+        make_engine(iterations=0).roll_out(diverges, start, generator())
+    start[2, 1] = math.nan
+    with pytest.raises(NotFinite, match="^start holds a NaN or an infinity, first in row 2. "):
+        make_engine().roll_out(policy, start, generator())
 
 
 def test_engines_that_cannot_be():
