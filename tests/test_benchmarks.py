@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import harness  # noqa: E402 - the folder is not a package, and must be found first
 import rollout_speed  # noqa: E402
 import roofline  # noqa: E402
+import summary  # noqa: E402
 import workload  # noqa: E402
 from harness import BenchmarkError, Case, Measurement, Patience, Variant, check_output, make_lines, race  # noqa: E402
 from results import table_rows  # noqa: E402
@@ -179,3 +180,27 @@ def test_the_profile_of_a_rollout_shows_its_ranges():
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "autoregressive start" in done.stdout and "sampler" in done.stdout
+
+
+@pytest.mark.parametrize("readme, table", [("README.md", summary.overview), ("benchmarks/README.md", summary.every)])
+def test_the_readmes_say_what_the_records_hold(readme, table):
+    text = (Path(__file__).parents[1] / readme).read_text()
+    assert table(summary.read_measurements()) in text, f"{readme} has another table than `python benchmarks/summary.py` prints"
+
+
+def test_a_summary_of_records(tmp_path):
+    common = {"note": "", "batch": 8, "horizon": 100, "threads": 2, "commit": "abc", "evaluations": 4, "detail": ""}
+    lines = [
+        common | {"case": case, "variant": variant, "median_s": seconds, "speedup": 6 / seconds}
+        for case in ("td3bc", "rollout")
+        for variant, seconds in (("published", 6.0), ("eager", 4.0), ("bf16", 3.0), ("fast", 0.5))
+    ]
+    (tmp_path / "any-cpu-xeon-amx-batch8.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    text = summary.every(summary.read_measurements(tmp_path))
+    machine = summary.MACHINES["cpu-xeon-amx"]
+    assert text.splitlines()[2:] == [
+        f"| rollout, 8 starts | {machine} | 6 s |  | 3 s (2.0x, bf16) | abc |",
+        f"| rollout, 8 starts, in fast mode | {machine} | 6 s |  | 500 ms (12x, fast) | abc |",
+        f"| TD3+BC update, bf16 products | {machine} | 1.5 s |  | 750 ms (2.0x, bf16) | abc |",
+        f"| TD3+BC update, in fast mode | {machine} | 1.5 s |  | 125 ms (12x, fast) | abc |",
+    ]
