@@ -195,8 +195,9 @@ def train_diffusion(
     size = sum(parameter.numel() for parameter in denoiser.parameters()) / 1e6
     progress = Progress(folder.name)
     say(
-        f"{dataset.name}: {len(dataset):,} rows, {len(windows):,} windows of {windows.horizon} x {windows.dim}; "
-        f"{network['kind']} with {size:.2f} M parameters on {device}, products in {precision}."
+        f"{dataset.name}: {len(dataset):,} rows, {len(windows):,} windows of {windows.horizon} x {windows.dim} "
+        f"({windows.padding:.0%} of their rows padding); {network['kind']} with {size:.2f} M parameters on {device}, products in "
+        f"{precision}."
     )
     if dry_run:
         say("Dry run: everything fits; nothing was written.")

@@ -73,6 +73,7 @@ def test_same_windows_as_the_loop(marks, horizon, limit):
     ours = windows.gather(torch.arange(len(windows)))
     assert ours.dtype == torch.float32 and ours.shape == (len(expected), horizon, 3)
     np.testing.assert_allclose(ours.numpy(), np.array(expected), atol=1e-5)
+    assert windows.padding == pytest.approx((ours < -1.00005).double().mean().item(), abs=1e-9)
     index = torch.tensor([len(expected) - 1, 0, 0])
     assert torch.equal(windows.gather(index), ours[index])
     observations_only = Windows(dataset, horizon, limits, include_action=False, max_episode_steps=limit)

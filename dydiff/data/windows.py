@@ -64,6 +64,11 @@ class Windows:
     def __len__(self) -> int:
         return len(self.start)
 
+    @property
+    def padding(self) -> float:
+        """Share of all windows' rows that are padding: large where most episodes are shorter than the horizon."""
+        return 1 - self.length.double().mean().item() / self.horizon
+
     def gather(self, index: torch.Tensor) -> torch.Tensor:
         """Return the windows [B, H, D] float32 in model space for window numbers `index` [B] (int64, on `device`)."""
         start, length = self.start[index, None], self.length[index, None]  # [B, 1]
