@@ -13,6 +13,7 @@ with the gradient in bfloat16 and a copy or in float32 without one, where PyTorc
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -80,3 +81,21 @@ def adam_average(
     rows |= {"gradient": gradient, "copy": copy}
     numbers = dict(zip(names, coefficients.arguments(), strict=True))
     return Launch(adam_kernel, (len(weight) // BLOCK,), rows | numbers | {"BLOCK": BLOCK}, warps=WARPS)
+
+
+def is_right(device: torch.device) -> bool:
+    """Whether two updates are on a device what PyTorch's Adam and average are there."""
+    generator = torch.Generator().manual_seed(0)
+    weight, average, *gradients = torch.randn(4, BLOCK, generator=generator).to(device)
+    first_moment, second_moment, copy = torch.zeros_like(weight), torch.zeros_like(weight), weight.bfloat16()
+    lr, betas, epsilon, rate = 0.01, (0.9, 0.999), 1e-8, 0.3
+    expected, expected_average = weight.clone(), average.clone()
+    optimizer = torch.optim.Adam([expected], lr, betas, epsilon)
+    for step, gradient in enumerate(gradients, start=1):
+        coefficients = AdamCoefficients(lr, *betas, epsilon, step, rate, limit=1.0)
+        adam_average(weight, first_moment, second_moment, average, gradient.bfloat16(), copy, coefficients).run()
+        expected.grad = gradient.bfloat16().float()
+        optimizer.step()
+        expected_average.lerp_(expected, rate)
+    pairs = (weight, expected), (average, expected_average)
+    return torch.equal(copy, weight.bfloat16()) and all(torch.allclose(*pair, rtol=1e-4, atol=1e-5) for pair in pairs)

@@ -12,7 +12,7 @@ import warnings
 import pytest
 import torch
 
-from dydiff.kernels import unet_reference
+from dydiff.kernels import triton_trial, unet_reference
 from dydiff.networks import training_unet
 from dydiff.networks.training_unet import CudnnTrainingUNet, make_training_unet
 from dydiff.networks.unet import UNet
@@ -21,7 +21,7 @@ pytest.importorskip("triton")
 import interpreter  # noqa: E402
 from interpreter import DEVICE, INTERPRETED, in_the_interpreter, interpret_again, on_kernels  # noqa: E402
 
-from dydiff.kernels import finish  # noqa: E402
+from dydiff.kernels import adam, finish, unet_triton  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +119,7 @@ def test_network_and_its_gradients(precision, finish_block):
 @pytest.mark.parametrize("obstacle", ["", "no compiler"])
 def test_a_card_without_working_kernels_trains_all_the_same(obstacle, monkeypatch):
     """And says so; the network itself is on the CPU here, and only said to be on a card."""
-    monkeypatch.setattr(finish, "why_unusable", lambda device: obstacle)
+    monkeypatch.setattr(training_unet, "why_triton_fails", lambda device: obstacle)
     monkeypatch.setattr(training_unet, "is_on_gpu", lambda unet: True)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -131,10 +131,15 @@ def test_a_card_without_working_kernels_trains_all_the_same(obstacle, monkeypatc
 
 def test_kernels_that_do_not_run_are_an_obstacle(monkeypatch):
     """Here the card is missing behind the check that would say so."""
-    monkeypatch.setattr(finish, "why_unavailable", lambda device: "")
-    if INTERPRETED or torch.cuda.is_available():
-        assert finish.why_unusable.__wrapped__(torch.device(DEVICE)) == ""
-        monkeypatch.setattr(finish, "finish_block", lambda *arguments: 2 * unet_reference.finish_block(*arguments))
-        assert "wrong" in finish.why_unusable.__wrapped__(torch.device(DEVICE))
-    else:
-        assert "Error" in finish.why_unusable.__wrapped__(torch.device("cpu"))
+    monkeypatch.setattr(unet_triton, "why_unavailable", lambda device: "")
+    ask = triton_trial.why_triton_fails.__wrapped__
+    if not (INTERPRETED or torch.cuda.is_available()):
+        assert "Error" in ask(torch.device("cpu"))
+        return
+    assert ask(torch.device(DEVICE)) == ""
+    right = finish.finish_block, adam.adam_average
+    monkeypatch.setattr(finish, "finish_block", lambda *arguments: 2 * unet_reference.finish_block(*arguments))
+    assert ask(torch.device(DEVICE)) == "the results of dydiff.kernels.finish are wrong here"
+    monkeypatch.setattr(finish, "finish_block", right[0])
+    monkeypatch.setattr(adam, "adam_average", lambda *rows: right[1](*rows[:4], -rows[4], *rows[5:]))
+    assert ask(torch.device(DEVICE)) == "the results of dydiff.kernels.adam are wrong here"
