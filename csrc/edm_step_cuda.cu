@@ -100,12 +100,12 @@ const char* obstacle(int device) {
     int devices = 0, current = 0;
     cudaError_t error = cudaGetDeviceCount(&devices);
     if (error == cudaSuccess) error = cudaGetDevice(&current);
-    if (error == cudaSuccess && device >= 0) error = cudaSetDevice(device);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+    const bool elsewhere = error == cudaSuccess && device >= 0 && device != current;  // a device that is set gets a context
+    if (elsewhere) error = cudaSetDevice(device);
     cudaFuncAttributes attributes;  // there are none where the binary has no code for the card
-    error = cudaFuncGetAttributes(&attributes, churn_kernel);
-    cudaGetLastError();
-    cudaSetDevice(current);
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, churn_kernel);
+    if (elsewhere) cudaSetDevice(current);
+    cudaGetLastError();  // what failed here is not the next launch's
     return error == cudaSuccess ? "" : cudaGetErrorString(error);
 }
 

@@ -76,8 +76,23 @@ def trace_gradients() -> bool:
 
 @cache
 def _side_stream(index: int) -> torch.cuda.Stream:
-    """The stream of a GPU's warm-ups and captures: one, because every stream costs cuBLAS a workspace of its own."""
+    """The stream of a GPU's warm-ups and captures: one, because every stream costs libraries memory of its own."""
     return torch.cuda.Stream(index)
+
+
+@contextlib.contextmanager
+def _own_workspaces() -> Iterator[None]:
+    """Let a capture within take cuBLAS's workspace out of its graph's pool, where it stays for as long as the graph does.
+
+    PyTorch keeps one for every stream, whose address graphs keep, too, and from 2.13 on frees it with any graph that was captured
+    on the stream.
+    """
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
+    clear()
+    try:
+        yield
+    finally:
+        clear()
 
 
 @contextlib.contextmanager
@@ -141,7 +156,8 @@ class CapturedGraph:
                 self._graph.register_generator_state(generator)
             stream, pool = torch.cuda.current_stream(), pool or make_pool()
             try:
-                with torch.cuda.graph(self._graph, pool=pool, stream=_side_stream(torch.cuda.current_device())):
+                capture = torch.cuda.graph(self._graph, pool=pool, stream=_side_stream(torch.cuda.current_device()))
+                with _own_workspaces(), capture:
                     self.output = function()
             except BaseException as error:
                 # PyTorch leaves a failed capture's stream current and, up to 2.11, its pool open: no other would succeed after it.

@@ -12,8 +12,15 @@ from dydiff.errors import DydiffError
 from dydiff.progress import say
 
 Result = TypeVar("Result")
-# What PyTorch says of a CPU's memory, CUDA of a graph or a kernel, and a library of its handles.
-OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED")
+# What PyTorch says of a CPU's memory, CUDA of a graph or a kernel, a library of its handles, and PyTorch of a convolution where no
+# algorithm of cuDNN's got the memory that it works in.
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "out of memory",
+    "_STATUS_ALLOC_FAILED",
+    "ALLOCATION_FAILED",
+    "unable to find an engine to execute this computation",
+)
 
 
 def compute_in_chunks(

@@ -153,7 +153,11 @@ class RolloutEngine:
             return self._chunk_function(policy, generator, draw, iterations)(part)
 
         setting = "rl_trainer_params.each_rollout_size"
-        chunks = compute_in_chunks(roll_out_chunk, start, self.chunk_size, generator, self._halve, setting)
+        try:
+            chunks = compute_in_chunks(roll_out_chunk, start, self.chunk_size, generator, self._halve, setting)
+        except DydiffError:  # of a capture, perhaps, whose pool takes no other one
+            self._drop_graphs()
+            raise
         trajectory = Trajectory(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
         for name, values in trajectory._asdict().items():
             remedy = "The start was finite: look at the policy's weights and at the logs of the models that roll it out."
@@ -162,7 +166,11 @@ class RolloutEngine:
 
     def _halve(self, size: int) -> None:
         """Keep to smaller chunks from now on; graphs of the larger ones go, for they hold memory."""
-        self.chunk_size, self._captured, self._pool = size, {}, None
+        self.chunk_size = size
+        self._drop_graphs()
+
+    def _drop_graphs(self) -> None:
+        self._captured, self._pool = {}, None
 
     def _chunk_function(
         self, policy: Policy | Actor, generator: torch.Generator, draw: Draw | None, iterations: int

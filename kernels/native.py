@@ -6,6 +6,7 @@ which spin for some milliseconds after every operation: on two cores the Winogra
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import warnings
@@ -74,7 +75,8 @@ def why_unavailable(device: torch.device | str = "cpu") -> str:
 @cache
 def _ask_once(obstacle: Callable[[int], str], index: int) -> str:
     """The answer takes calls that may be forbidden while a graph is captured, where a sampler asks for its backend, too."""
-    return obstacle(index)
+    with torch.cuda.device(index) if index >= 0 and torch.cuda.is_available() else contextlib.nullcontext():
+        return obstacle(index)
 
 
 def join_threads() -> bool:

@@ -8,6 +8,7 @@ notices what a card would not forgive: a read by the host, a generator that is n
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -80,6 +81,8 @@ class PretendedGenerator(torch.Generator):
 
 
 lost_generators: set[int] = set()  # which a capture that failed has left as if it went on
+_pools = itertools.count(1)
+lost_pools: set[tuple[int, int]] = set()  # the same of memory
 generators: weakref.WeakValueDictionary[int, PretendedGenerator] = weakref.WeakValueDictionary()  # by what C++ hands over
 
 
@@ -216,8 +219,16 @@ class CUDAGraph:
 def graph(captured: CUDAGraph, pool: Any = None, stream: Stream | None = None) -> Iterator[None]:
     synchronize()
     _state.capture_stream = _state.capture_stream or Stream()  # once for all, as PyTorch does
-    with device((stream or _state.capture_stream).device), captured.capture():
-        yield
+    if pool in lost_pools:
+        raise RuntimeError(f"beginAllocateToPool: already recording to mempool_id {pool}")
+    try:
+        with device((stream or _state.capture_stream).device), captured.capture():
+            yield
+    except torch.OutOfMemoryError:
+        raise
+    except BaseException:  # as PyTorch up to 2.11 has it
+        lost_pools.update({pool} - {None})
+        raise
 
 
 @contextlib.contextmanager
@@ -282,7 +293,7 @@ STAND_INS = {
     "Event": Event,
     "CUDAGraph": CUDAGraph,
     "graph": graph,
-    "graph_pool_handle": lambda: (0, 1),
+    "graph_pool_handle": lambda: (0, next(_pools)),
     "set_stream": lambda stream: _set_device(stream.device),
     "is_current_stream_capturing": lambda: _state.graph is not None,
     "manual_seed_all": manual_seed_all,

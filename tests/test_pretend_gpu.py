@@ -105,7 +105,43 @@ def test_graphs_replay_what_they_hold_and_notice_what_they_lost(cards):
     assert warm_up(lambda: torch.cuda.current_device(), device) == 1 and torch.cuda.current_device() == 0
 
 
+def test_a_graph_has_a_workspace_of_its_own(cards, monkeypatch):
+    """PyTorch 2.13 frees a stream's workspace with any graph that was captured on it."""
+    events = []
+
+    def clear() -> None:
+        events.append("captures" if torch.cuda.is_current_stream_capturing() else "cleared")
+
+    def work() -> Tensor:
+        events.append("works")
+        return torch.ones(2, device=SECOND)
+
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", clear, raising=False)
+    CapturedGraph(work, torch.device(SECOND))
+    with pytest.raises(DydiffError):
+        CapturedGraph(lambda: work().cpu(), torch.device(SECOND))
+    assert events == 2 * ["cleared", "works", "cleared"]
+
+
 # The method
+
+
+def test_a_policy_that_cannot_be_captured_spoils_no_other(cards):
+    """Neither one that was captured before it nor one that comes after it: memory of a failed capture is not used again."""
+    engine, agents = prepare(SECOND), [make_agent("td3_bc", seed, SECOND) for seed in (0, 1)]
+    source = torch.Generator(SECOND).manual_seed(0)
+
+    def waits(observation: Tensor) -> Tensor:
+        return agents[0].act(observation) * float(observation.mean() > -9)
+
+    for _ in range(2):
+        engine.roll_out(agents[0].act, starts(5).to(SECOND), source)
+    engine.roll_out(waits, starts(5).to(SECOND), source)
+    with pytest.raises(DydiffError, match="must not read its tensors on the host"):
+        engine.roll_out(waits, starts(5).to(SECOND), source)
+    for agent in agents:
+        for _ in range(3):
+            assert engine.roll_out(agent.act, starts(5).to(SECOND), source).action.isfinite().all()
 
 
 @pytest.mark.parametrize(
