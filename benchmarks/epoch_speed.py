@@ -226,7 +226,8 @@ def run_case(name: str, session: Session) -> None:
     measurements = session.race(case, patience)
     parts = {label: {part: s / EPOCHS for part, s in runner.parts.items()} for label, runner in runners.items()}
     session.record(case, measurements, extra={label: {f"{part}_s": s for part, s in of.items()} for label, of in parts.items()})
-    for label, seconds in parts.items():
+    for label in (each.variant.name for each in measurements if each.variant.name in parts):
+        seconds = parts[label]
         shown = ", ".join(f"{part} {show_seconds(s)}" for part, s in seconds.items())
         print(f"    {label}, the last call, an epoch: {shown}", flush=True)
 

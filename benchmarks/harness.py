@@ -1,19 +1,21 @@
 """Timing variants of one computation against each other: correctness first, then interleaved repetitions in one process.
 
 A *case* is one computation on one set of inputs; its *variants* compute it in different ways. `race` checks every variant's
-output against a trusted one on the very inputs that are timed, and stops the run if one is wrong. Then it repeats the
-variants in turn, so that a change of the machine's speed meets all of them. Speed-ups are ratios of medians.
+output against a trusted one on the very inputs that are timed. Then it repeats the variants in turn, so that a change of the
+machine's speed meets all of them. Speed-ups are ratios of medians. A variant that is wrong or fails has no time: a benchmark goes
+on without it, and ends with exit status 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,32 @@ FULL_SIZE = 128, (1, 4, 8)  # dim and dim_mults of the U-Net
 
 class BenchmarkError(Exception):
     """The run cannot go on: a variant computes something else, or cannot run here."""
+
+
+class Failures:
+    """What went wrong in a run that went on without it."""
+
+    def __init__(self):
+        self.told: list[str] = []
+
+    @contextlib.contextmanager
+    def attempt(self, what: str) -> Iterator[None]:
+        """Note what fails within, as `what`, and go on behind it."""
+        try:
+            yield
+        except Exception as error:  # whatever a kernel, a compiler or a library raises
+            text = str(error) if isinstance(error, (BenchmarkError, DydiffError)) else f"{type(error).__name__}: {error}"
+            self.told.append(f"{what}: {text.strip()}")
+            print(f"error: {self.told[-1]}", file=sys.stderr, flush=True)
+
+    def status(self) -> int:
+        """The exit status of the run, whose last words they are."""
+        if self.told:
+            print(
+                f"error: {len(self.told)} failed, see above: {', '.join(each.partition(':')[0] for each in self.told)}",
+                file=sys.stderr,
+            )
+        return 1 if self.told else 0
 
 
 @dataclass
@@ -112,29 +140,33 @@ def check_output(variant: Variant, output: Tensor, expected: Tensor, tolerance: 
 
 
 @torch.no_grad()
-def race(case: Case, patience: Patience) -> list[Measurement]:
-    """Check all variants of a case, then time them in turn.
+def race(case: Case, patience: Patience, failures: Failures) -> list[Measurement]:
+    """Check all variants of a case, then time those that are right in turn.
 
     Raises:
-        BenchmarkError: a variant's output is wrong.
+        BenchmarkError: none is.
     """
     # Trusted variants go first: their checked run is what the others are compared with.
     ordered = sorted(case.variants, key=lambda variant: variant.run != variant.trusted)
     expected: dict[Callable[[], Tensor], Tensor] = {}
     measurements, wanted = {}, {}
     for variant in ordered:
-        if variant.trusted != variant.run and variant.trusted not in expected:
-            expected[variant.trusted] = variant.trusted()
-        if patience.warm_up:
-            variant.run()
-        seconds, output = time_call(variant.run)
-        expected.setdefault(variant.run, output)
-        measurement = Measurement(variant, check_output(variant, output, expected[variant.trusted], case.tolerance))
-        measurements[variant.name] = measurement
-        wanted[variant.name] = min(max(math.ceil(patience.seconds / seconds), patience.least), patience.most)
-        if patience.reuse and seconds > patience.seconds:
-            measurement.seconds, wanted[variant.name] = [seconds], 1
+        with failures.attempt(f"{variant.name} in {case.name} of batch {case.batch}, horizon {case.horizon}"):
+            if variant.trusted != variant.run and variant.trusted not in expected:
+                expected[variant.trusted] = variant.trusted()
+            if patience.warm_up:
+                variant.run()
+            seconds, output = time_call(variant.run)
+            expected.setdefault(variant.run, output)
+            measurement = Measurement(variant, check_output(variant, output, expected[variant.trusted], case.tolerance))
+            wanted[variant.name] = min(max(math.ceil(patience.seconds / seconds), patience.least), patience.most)
+            if patience.reuse and seconds > patience.seconds:
+                measurement.seconds, wanted[variant.name] = [seconds], 1
+            measurements[variant.name] = measurement
     expected.clear()
+    if not measurements:
+        raise BenchmarkError(f"No variant of {case.name} is right.")
+    ordered = [variant for variant in ordered if variant.name in measurements]
     for turn in range(max(wanted.values())):
         # Another one starts every round, so that nobody always follows the same neighbour.
         first = turn % len(ordered)
@@ -142,7 +174,7 @@ def race(case: Case, patience: Patience) -> list[Measurement]:
             measurement = measurements[variant.name]
             if len(measurement.seconds) < wanted[variant.name]:
                 measurement.seconds.append(time_call(variant.run)[0])
-    return [measurements[variant.name] for variant in case.variants]
+    return [measurements[variant.name] for variant in case.variants if variant.name in measurements]
 
 
 def time_call(function: Callable[[], Tensor]) -> tuple[float, Tensor]:
@@ -269,12 +301,13 @@ class Session:
         self.machine = describe_machine(options.device)
         self.rates: dict[str, float] = {}  # FLOP/s of large matrix products by dtype, measured when first needed
         self.records: list[dict[str, Any]] = []
+        self.failures = Failures()
 
     def race(self, case: Case, patience: Patience) -> list[Measurement]:
         """`race`, after measuring the matrix rates that the case's figures are compared with."""
         for dtype in sorted({variant.dtype for variant in case.variants} - self.rates.keys()):
             self.rates[dtype] = measure_matrix_rate(dtype, self.options.device)
-        return race(case, patience)
+        return race(case, patience, self.failures)
 
     def record(
         self,
@@ -309,4 +342,4 @@ def run_benchmark(options: argparse.Namespace, measure: Callable[[Session], None
     except (BenchmarkError, DydiffError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
+    return session.failures.status()

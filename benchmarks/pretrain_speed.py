@@ -272,11 +272,12 @@ def run_shape(batch: int, horizon: int, session: Session) -> None:
         expected = named_gradient(work.network, work)
     errors, variants = {}, []
     for name in options.variants or VARIANTS:
-        runner = build_runner(name, work, options.quick)
-        step = with_gradients(runner.step)
-        variant = Variant(name, runner.dtype, step, step, 1, counter.get_total_flops(), runner.detail)
-        errors[name] = check_output(variant, runner.gradient(), expected, TOLERANCE)
-        variants.append(variant)
+        with session.failures.attempt(name):
+            runner = build_runner(name, work, options.quick)
+            step = with_gradients(runner.step)
+            variant = Variant(name, runner.dtype, step, step, 1, counter.get_total_flops(), runner.detail)
+            errors[name] = check_output(variant, runner.gradient(), expected, TOLERANCE)
+            variants.append(variant)
     del expected
     case = Case("pretrain", batch, horizon, variants, tolerance=TOLERANCE)
     measurements = session.race(case, Patience(options.seconds, least=3, warm_up=True))

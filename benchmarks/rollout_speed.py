@@ -48,6 +48,7 @@ from harness import (
     FULL_SIZE,
     BenchmarkError,
     Case,
+    Failures,
     Measurement,
     Patience,
     Session,
@@ -148,20 +149,22 @@ def make_case(name: str, work: Workload, runners: dict[str, Runner], counts: Cou
     return Case(name, work.shape.batch, work.shape.horizon, variants, "; ".join(notes), tolerance)
 
 
-def build_runners(names: Sequence[str] | None, work: Workload, skipped: Sequence[str] = ()) -> dict[str, Runner]:
+def build_runners(names: Sequence[str] | None, work: Workload, skipped: Sequence[str], failures: Failures) -> dict[str, Runner]:
     """The variants asked for (but `fast`, which waits for a backend), or all that work here; names those that do not.
 
     `skipped` are left out unless asked for.
     """
-    runners = {}
+    runners: dict[str, Runner] = {}
     for name in names or [name for name in ("published", "stock", *OURS) if name not in skipped]:
-        try:
-            if name != "fast":
+        if name == "fast":
+            continue
+        with failures.attempt(name):
+            try:
                 runners[name] = build_runner(name, work, FastMode())
-        except DydiffError as error:
-            if names:
-                raise
-            print(f"Variant {name} is left out: {error}")
+            except DydiffError as error:
+                if names:
+                    raise
+                print(f"Variant {name} is left out: {error}")
     return runners
 
 
@@ -187,18 +190,21 @@ def run_shape(shape: Shape, session: Session) -> None:
     # has done it.
     patience = dataclasses.replace(thorough, warm_up=device.startswith("cuda"), reuse=options.quick)
     work = Workload(shape, device, sampler_steps=QUICK_STEPS if shorten else NUM_STEPS)
-    runners = build_runners(options.variants, work, list_skipped(device, options.quick))
+    runners = build_runners(options.variants, work, list_skipped(device, options.quick), session.failures)
     counts, peaks = Counts(shape), {}
     for name in CASES:
         if name != "evaluation" and name not in options.cases:
             continue
         case = make_case(name, work, runners, counts)
         measurements = session.race(case, thorough if name == "evaluation" else patience)
+        for failed in {variant.name for variant in case.variants} - {each.variant.name for each in measurements}:
+            del runners[failed]
         if name == "evaluation":
             if not options.variants or "fast" in options.variants:
                 runners["fast"] = build_runner(f"fast:{fastest_backend(measurements)}", work, FastMode())
-            if not options.no_memory:
-                peaks = {label: measure_peak(label, runner, device) for label, runner in runners.items()}
+            for label, runner in () if options.no_memory else runners.items():
+                with session.failures.attempt(f"memory of {label}"):
+                    peaks[label] = measure_peak(label, runner, device)
         if name in options.cases:
             session.record(case, measurements, peaks)
 

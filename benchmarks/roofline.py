@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from harness import (
     BenchmarkError,
+    Failures,
     add_network_options,
     append_lines,
+    insist_on_known,
     make_timing_parser,
     measure_matrix_rate,
     parse_words,
@@ -53,6 +55,12 @@ class Block:
     flops: float
     bytes: float
     seconds: list[float] = field(default_factory=list)
+
+    def record(self, place: int) -> dict[str, Any]:
+        """What --json says of it."""
+        median = statistics.median(self.seconds)
+        figures = {"median_s": median, "tflops": self.flops / median / 1e12, "intensity": self.flops / self.bytes}
+        return {"place": place, "kind": self.kind, **figures, "gflop": self.flops / 1e9, "repeats": len(self.seconds)}
 
 
 class TimedBlocks:
@@ -174,6 +182,18 @@ def draw(lines: Sequence[dict[str, Any]], rates: dict[str, float], bandwidth: fl
     figure.savefig(path, dpi=150)
 
 
+def show(variant: str, lines: Sequence[dict[str, Any]]) -> None:
+    """Print a variant's time and rate, in all and by kind of block."""
+    total, gflop = sum(line["median_s"] for line in lines), sum(line["gflop"] for line in lines)
+    print(f"{variant}: {total * 1e3:.1f} ms in all, {gflop / total / 1e3:.3g} TFLOP/s")
+    for kind, label in LABELS.items():
+        mine = [line for line in lines if line["kind"] == kind]
+        seconds, gflop = sum(line["median_s"] for line in mine), sum(line["gflop"] for line in mine)
+        low, high = (choose(line["intensity"] for line in mine) for choose in (min, max))
+        shares = f"{seconds / total:6.1%} of the time, {gflop / seconds / 1e3:6.3g} TFLOP/s"
+        print(f"  {label:16s} {shares}, {low:.0f} to {high:.0f} FLOP a byte")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_timing_parser(__doc__, "2 seconds a variant")
     add_network_options(parser)
@@ -188,36 +208,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine = describe_machine(device)
     on_cpu = ["bf16" if has_fast_bf16(torch.device(device)) else "winograd"]
     default = ["reference", *(on_cpu if device == "cpu" else ON_GPU)]
-    lines, rates = [], {}
+    insist_on_known(parser, options.variants or (), list(DTYPES))
+    lines, rates, failures = [], {}, Failures()
     bandwidth = measure_bandwidth(device)
+    seconds = options.seconds or (2 if options.quick else 10)
     for variant in options.variants or default:
-        if variant not in DTYPES:
-            raise DydiffError(f"There is no variant '{variant}' of blocks; choose from {', '.join(DTYPES)}.")
-        dtype = DTYPES[variant]
-        rates.setdefault(dtype, measure_matrix_rate(dtype, device))
-        blocks = measure_blocks(variant, unet, batch, horizon, device, options.seconds or (2 if options.quick else 10))
-        for place, block in enumerate(blocks):
-            median = statistics.median(block.seconds)
-            figures = {"median_s": median, "tflops": block.flops / median / 1e12, "intensity": block.flops / block.bytes}
-            about = {"variant": variant, "dtype": dtype, "batch": batch, "horizon": horizon, "place": place, "kind": block.kind}
-            lines.append({"case": "roofline", **about, **figures, "gflop": block.flops / 1e9, "repeats": len(block.seconds)})
-        total, flops = sum(line["median_s"] for line in lines if line["variant"] == variant), sum(each.flops for each in blocks)
-        print(f"{variant}: {total * 1e3:.1f} ms in all, {flops / total / 1e12:.3g} TFLOP/s")
-        for kind, label in LABELS.items():
-            mine = [line for line in lines if line["variant"] == variant and line["kind"] == kind]
-            seconds, gflop = sum(line["median_s"] for line in mine), sum(line["gflop"] for line in mine)
-            low, high = (choose(line["intensity"] for line in mine) for choose in (min, max))
-            shares = f"{seconds / total:6.1%} of the time, {gflop / seconds / 1e3:6.3g} TFLOP/s"
-            print(f"  {label:16s} {shares}, {low:.0f} to {high:.0f} FLOP a byte")
+        with failures.attempt(variant):
+            dtype = DTYPES[variant]
+            rates.setdefault(dtype, measure_matrix_rate(dtype, device))
+            blocks = measure_blocks(variant, unet, batch, horizon, device, seconds)
+            about = {"case": "roofline", "variant": variant, "dtype": dtype, "batch": batch, "horizon": horizon}
+            mine = [about | block.record(place) for place, block in enumerate(blocks)]
+            show(variant, mine)
+            lines += mine
     roofs = ", ".join(f"{dtype} {rate / 1e12:.3g} TFLOP/s" for dtype, rate in rates.items())
     print(f"Roofs: {roofs}; copies {bandwidth / 1e9:.1f} GB/s")
-    if options.json:
+    if options.json and lines:
         roofs = {"bandwidth": bandwidth, **{f"{dtype}_rate": rate for dtype, rate in rates.items()}}
         append_lines(options.json, [line | roofs | machine for line in lines])
-    if options.plot:
+    if options.plot and lines:
         title = f"{machine['device']}, batch {batch}, horizon {horizon}"
         draw(lines, rates, bandwidth, title, options.plot)
-    return 0
+    return failures.status()
 
 
 if __name__ == "__main__":

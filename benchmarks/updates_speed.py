@@ -28,6 +28,7 @@ import torch
 from harness import (
     BenchmarkError,
     Case,
+    Failures,
     Patience,
     Session,
     Variant,
@@ -156,8 +157,8 @@ class Runner:
         return self.weights() - before
 
 
-def make_update_case(name: str, variants: Sequence[str], device: str) -> tuple[Case, dict[str, float]]:
-    """A case of updates with its variants, and their errors; raises BenchmarkError for a wrong one."""
+def make_update_case(name: str, variants: Sequence[str], device: str, failures: Failures) -> tuple[Case, dict[str, float]]:
+    """A case of updates with those of its variants that are right, and their errors."""
     with torch.enable_grad():
         plain = Runner(name, "eager", device)
         with FlopCounterMode(display=False) as counter:
@@ -165,11 +166,12 @@ def make_update_case(name: str, variants: Sequence[str], device: str) -> tuple[C
         flops = counter.get_total_flops() / CHECKED_UPDATES
         made, errors = [], {}
         for label in variants:
-            runner = Runner(name, label, device)
-            run = torch.enable_grad()(runner.updates)
-            variant = Variant(label, find_dtype(label), run, run, runner.count, runner.count * flops)
-            errors[label] = check_output(variant, runner.changes(), expected, TOLERANCE)
-            made.append(variant)
+            with failures.attempt(f"{label} in {name}"):
+                runner = Runner(name, label, device)
+                run = torch.enable_grad()(runner.updates)
+                variant = Variant(label, find_dtype(label), run, run, runner.count, runner.count * flops)
+                errors[label] = check_output(variant, runner.changes(), expected, TOLERANCE)
+                made.append(variant)
     return Case(name, BATCH, 1, made, f"{UPDATES_A_CALL[name]} updates a call", TOLERANCE), errors
 
 
@@ -231,7 +233,7 @@ def run_case(name: str, variants: Sequence[str], session: Session) -> None:
     elif name == "four_seeds":
         case = make_seeds_case(variants, session.options.device)
     else:
-        case, errors = make_update_case(name, variants, session.options.device)
+        case, errors = make_update_case(name, variants, session.options.device, session.failures)
     measurements = session.race(case, Patience(session.options.seconds, least=3, warm_up=True))
     for measurement in measurements:
         measurement.error = errors.get(measurement.variant.name, measurement.error)

@@ -20,7 +20,7 @@ import torch
 TABLE = Path(__file__).with_name("launch_table.json")
 # Programs that keep the smaller cards of a family busy: an A100 has 108 multiprocessors, an H100 132.
 BUSY = 100
-COLUMN_CLASSES = (32, 64, 128, 256)
+COLUMN_CLASSES = (32, 64, 128, 256, 512, 1024)
 ROW_CLASSES = (32, 64, 128, 256)
 
 
@@ -84,8 +84,8 @@ def shape_class(kind: str, rows: int, columns: int, length: int) -> str:
 
 
 def suits(tile: Tile, columns: int) -> bool:
-    """Whether a tile is not much wider than the output; the narrow ones serve any."""
-    return tile.columns <= 64 or tile.columns < 2 * columns
+    """Whether a tile is not much wider than the output; the narrow ones serve any, and the widest spills if it is wider."""
+    return tile.columns <= 64 or (tile.columns < 2 * columns and tile.columns <= max(columns, 128))
 
 
 def choose(

@@ -28,8 +28,8 @@ from dydiff.kernels.unet_triton import TwoPassBlocks, why_unavailable
 from dydiff.networks.fused_unet import FusedUNet
 from dydiff.networks.unet import UNet
 
-# Class of shapes -> tile, or TWO_PASS -> milliseconds, summed over the layers of that class.
-Times = dict[str, dict[Tile | str, float]]
+# Class of shapes -> tile, or TWO_PASS -> milliseconds of each layer of that class that it may serve.
+Times = dict[str, dict[Tile | str, list[float]]]
 
 
 class TimedBlocks(TwoPassBlocks):
@@ -43,7 +43,7 @@ class TimedBlocks(TwoPassBlocks):
     ):
         super().__init__(capability=capability, execute=execute)
         self.measure = measure
-        self.times: Times = defaultdict(lambda: defaultdict(float))
+        self.times: Times = defaultdict(lambda: defaultdict(list))
 
     def conv_block(
         self,
@@ -58,7 +58,7 @@ class TimedBlocks(TwoPassBlocks):
         for tile in TILES[family(capability)]["block"]:
             if worth(tile, x.length, columns):
                 launch = fuse_block(sources, block, out, capability, time, residual, fits_card(tile, capability))
-                self.times[name][tile] += self.measure(launch)
+                self.times[name][tile].append(self.measure(launch))
         launches: list[Launch] = []
 
         def execute(launch: Launch) -> None:
@@ -67,7 +67,7 @@ class TimedBlocks(TwoPassBlocks):
 
         result = TwoPassBlocks(self.dtype, 2 * self.gap + 1, capability, execute).conv_block(sources, block, time, residual)
         if name in self.times:  # with the tiles that are chosen now
-            self.times[name][TWO_PASS] += sum(map(self.measure, launches))
+            self.times[name][TWO_PASS].append(sum(map(self.measure, launches)))
         return result
 
     def convolve(self, sources: tuple[Activation, ...], convolution: Convolution, form: Form) -> Tensor | Activation:
@@ -81,7 +81,7 @@ class TimedBlocks(TwoPassBlocks):
         for tile in TILES[family(capability)]["conv"]:
             if suits(tile, columns):
                 launch, _, _ = convolve(sources, convolution, capability, form, fits_card(tile, capability))
-                self.times[name][tile] += self.measure(launch)
+                self.times[name][tile].append(self.measure(launch))
 
 
 def measure(launch: Launch) -> float:
@@ -90,8 +90,11 @@ def measure(launch: Launch) -> float:
 
 
 def fastest(times: Times) -> dict[str, str]:
-    """The quickest tile of every class of shapes, as the table spells it."""
-    best = {name: min(tiles, key=tiles.__getitem__) for name, tiles in sorted(times.items())}
+    """The quickest tile of every class of shapes, as the table spells it; of those that serve all layers of the class."""
+    best = {}
+    for name, tiles in sorted(times.items()):
+        layers = max(map(len, tiles.values()))
+        best[name] = min((tile for tile in tiles if len(tiles[tile]) == layers), key=lambda tile: sum(tiles[tile]))
     return {name: tile if tile == TWO_PASS else " ".join(map(str, tile)) for name, tile in best.items()}
 
 
@@ -119,8 +122,8 @@ def main() -> None:
         fused(torch.randn(batch, arguments.horizon, 14, device="cuda"), time_biases)
     for name, tiles in sorted(blocks.times.items()):
         print(name)
-        for tile, milliseconds in sorted(tiles.items(), key=lambda item: item[1]):
-            print(f"    {tile}  {milliseconds:.3f} ms")
+        for tile, milliseconds in sorted(tiles.items(), key=lambda item: sum(item[1])):
+            print(f"    {tile}  {sum(milliseconds):.3f} ms in {len(milliseconds)} layers")
     major, minor = torch.cuda.get_device_capability()
     save(fastest(blocks.times), family(10 * major + minor), arguments.save)
     print(f"{torch.cuda.get_device_name()}: wrote {arguments.save}")

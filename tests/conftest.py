@@ -59,7 +59,8 @@ def check_usage(outcome, *parts: str) -> None:
 
 @pytest.fixture(scope="session")
 def dataset_folder(tmp_path_factory) -> Path:
-    """A dataset folder that holds 3,000 rows of maze2d-umaze-local."""
+    """A dataset folder that holds 3,000 rows of maze2d-umaze-local; collecting them takes a simulator."""
+    pytest.importorskip("mujoco")
     folder = tmp_path_factory.mktemp("datasets")
     collect(DATASET, steps=3000, seed=0, path=folder / f"{DATASET}.hdf5", progress=False)
     return folder

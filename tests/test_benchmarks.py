@@ -17,7 +17,7 @@ import rollout_speed  # noqa: E402
 import roofline  # noqa: E402
 import summary  # noqa: E402
 import workload  # noqa: E402
-from harness import BenchmarkError, Case, Measurement, Patience, Variant, check_output, make_lines, race  # noqa: E402
+from harness import BenchmarkError, Case, Failures, Measurement, Patience, Variant, check_output, make_lines, race  # noqa: E402
 from results import table_rows  # noqa: E402
 from workload import Ours, Published, Shape, Stock, Workload  # noqa: E402
 
@@ -78,13 +78,28 @@ def make_variant(name: str, value: float, trusted=None, dtype: str = "bfloat16")
     return Variant(name, dtype, run, trusted or run, evaluations=1, flops=1e6)
 
 
-@pytest.mark.parametrize("value", [1.03, float("nan")])
-def test_a_wrong_variant_stops_the_race(value):
+def fails() -> torch.Tensor:
+    raise RuntimeError("no such instruction")
+
+
+@pytest.mark.parametrize(
+    "bad, told",
+    [(1.03, "relative error 3.00e-02"), (float("nan"), "relative error nan"), (fails, "RuntimeError: no such instruction")],
+)
+def test_a_wrong_variant_costs_only_itself(bad, told, capsys):
     reference = make_variant("reference", 1.0)
     good = make_variant("published", 1.01, reference.run)
-    assert race(Case("case", 1, 1, [good, reference]), Patience(0, 3))[0].error == pytest.approx(0.01, rel=1e-3)
-    with pytest.raises(BenchmarkError, match="'bad'"):
-        race(Case("case", 1, 1, [good, make_variant("bad", value, reference.run), reference]), Patience(0, 3))
+    wrong = make_variant("bad", 1.0 if callable(bad) else bad, reference.run)
+    wrong.run = bad if callable(bad) else wrong.run
+    failures = Failures()
+    measured = race(Case("case", 1, 1, [wrong, good, reference]), Patience(0, 3), failures)
+    assert [each.variant.name for each in measured] == ["published", "reference"]
+    assert measured[0].error == pytest.approx(0.01, rel=1e-3) and len(measured[0].seconds) == 3
+    assert failures.status() == 1 and told in failures.told[0]
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "error: 1 failed, see above: bad in case of batch 1, horizon 1"
+    with pytest.raises(BenchmarkError, match="No variant"):
+        race(Case("case", 1, 1, [wrong]), Patience(0, 3), Failures())
     with pytest.raises(BenchmarkError, match="instead of"):
         check_output(good, torch.ones(3), torch.ones(4))
 
@@ -98,14 +113,14 @@ def test_variants_are_timed_in_turn():
     variants = [Variant(name, "float32", recorder(name), torch.ones, 1, 1.0) for name in "abc"]
     for variant in variants:
         variant.trusted = variant.run
-    measured = race(Case("case", 1, 1, variants), Patience(seconds=0, least=4))
+    measured = race(Case("case", 1, 1, variants), Patience(seconds=0, least=4), Failures())
     assert [len(each.seconds) for each in measured] == [4, 4, 4]
     turns = ["".join(order[i : i + 3]) for i in range(3, len(order), 3)]  # behind the checked runs
     assert turns == ["abc", "bca", "cab", "abc"]
     order.clear()
-    race(Case("case", 1, 1, variants), Patience(seconds=0, least=1, warm_up=True))
+    race(Case("case", 1, 1, variants), Patience(seconds=0, least=1, warm_up=True), Failures())
     assert "".join(order) == "aabbccabc"
-    once = race(Case("case", 1, 1, variants), Patience(seconds=-1, least=4, reuse=True))
+    once = race(Case("case", 1, 1, variants), Patience(seconds=-1, least=4, reuse=True), Failures())
     assert [len(each.seconds) for each in once] == [1, 1, 1]  # the checked run counts where one is too long to repeat
 
 

@@ -73,7 +73,7 @@ def test_time_for_everything(report):
 
 
 def test_parts_are_commands_that_exist(tmp_path):
-    parts = gpu_report.list_parts(tmp_path, tmp_path, None)
+    parts = gpu_report.list_parts(tmp_path, tmp_path, tmp_path, None)
     names = [part.name for part in parts]
     assert names.index("conformance") < names.index("race") and len(set(names)) == len(names)
     files = {word for part in parts for word in part.command if word.endswith(".py")}

@@ -270,6 +270,9 @@ def test_tuner_writes_what_was_fastest(tmp_path, monkeypatch):
     blocks = tune_kernels.TimedBlocks(stopwatch, capability=90, execute=lambda one: None)
     fused = FusedUNet(unet, blocks)
     fused(x, fused.time_table(label)[0])
+    assert all(len(set(map(len, tiles.values()))) == 1 for tiles in blocks.times.values()), "sums over the same layers"
+    few, all_layers = launch.TILES["sm_90"]["block"][:2]
+    assert tune_kernels.fastest({"any": {few: [1.0], all_layers: [2.0, 2.0]}}) == {"any": " ".join(map(str, all_layers))}
     table = tmp_path / "table.json"
     tune_kernels.save({"conv columns 32 many": "64 32 64 4 5"}, "sm_80", table)
     tune_kernels.save(tune_kernels.fastest(blocks.times), "sm_90", table)
