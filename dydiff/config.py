@@ -30,7 +30,7 @@ class MetaData:
     script_path: str = (
         ""  # older files name a script here; the sections present decide what runs, and a contradiction is an error
     )
-    gpu: list[int] = field(default_factory=lambda: [0])  # GPU ids, dealt to the workers in turn; --device overrides
+    gpu: list[int] = field(default_factory=list)  # ids, dealt to the workers in turn; none: the first GPU, or else the CPU
     num_workers: int = 1  # variants that run side by side
 
 
@@ -65,8 +65,8 @@ class RLTrainerParams:
     update_precision: Literal["float32", "bf16"] = "float32"  # of the updates' matrix products; weights stay float32
     save_best: bool = True  # keep the policy with the best evaluation as agent-best.safetensors
     freq_saving: int = 10  # epochs from one periodic checkpoint (and resume state) to the next
-    save_replay_buffer: bool = False  # put the real transitions into periodic checkpoints
-    save_model_replay_buffer: bool = False  # put the synthetic transitions into periodic checkpoints
+    save_replay_buffer: bool = False  # put the real transitions into the checkpoints, all but the best one
+    save_model_replay_buffer: bool = False  # put the synthetic transitions into them
     keep_condition: KeepCondition = field(default_factory=KeepCondition)
 
 

@@ -163,6 +163,8 @@ def training_settings(options: argparse.Namespace) -> dict[str, Any]:
         raise DydiffError("--cond_on_action=True needs --include_action=True: there are no actions to condition on.")
     if options.foreign_actions and not options.cond_on_action:
         raise DydiffError("--foreign_actions needs --cond_on_action=True: without it no actions are shown at all.")
+    if options.foreign_actions and options.max_length_of_trajectory < 2:
+        raise DydiffError("--foreign_actions needs --max_length_of_trajectory of at least 2: it changes what follows one action.")
     if options.dim_mults is not None and options.rl_model_type != "UNet_RL":
         raise DydiffError(f"--dim_mults goes with --rl_model_type=UNet_RL, not with {options.rl_model_type}: leave it out.")
     return {

@@ -249,12 +249,14 @@ class RolloutEngine:
 
         if len(self.denoisers) == 1:
             return sample(self.denoisers[0], slice(None))
-        order = torch.rand(len(first), generator=generator, device=first.device).argsort()
-        sampled = first.new_empty(len(first), self.horizon, width)
-        for denoiser, rows in zip(self.denoisers, order.tensor_split(len(self.denoisers)), strict=True):
-            if len(rows):
-                sampled[rows] = sample(denoiser, rows)
-        return sampled
+        # As many places for every model; those behind the last start are filled with copies, so that none is preferred.
+        places = -(-len(first) // len(self.denoisers)) * len(self.denoisers)
+        order = torch.rand(places, generator=generator, device=first.device).argsort()
+        sampled = first.new_empty(places, self.horizon, width)
+        for denoiser, own in zip(self.denoisers, order.tensor_split(len(self.denoisers)), strict=True):
+            if len(own):
+                sampled[own] = sample(denoiser, own % len(first))
+        return sampled[: len(first)]
 
 
 def _check_finite(what: str, values: Tensor, remedy: str) -> None:

@@ -42,7 +42,7 @@ class Rollouts:
     softmax_temp: float
 
     def __post_init__(self):
-        if int(self.threshold * self.num_starts) < 1:  # of the softmax filter; the other keeps one at least
+        if self.filter_type == "softmax" and int(self.threshold * self.num_starts) < 1:  # the other one keeps one at least
             raise DydiffError(
                 f"The filter keeps none of {self.num_starts} rollouts. Raise keep_condition.threshold or rollout_batch_size."
             )
@@ -269,14 +269,12 @@ class PolicyTrainer:
             about = {"epoch": self._best.number, "return": self.best_return}
             save("agent-best.safetensors", POLICY, {**tree, "agent": self._best.state}, {**manifest, **about})
         self._best = None
-        if self.epoch % self.saving.every == 0 and not final:
+        if final or self.epoch % self.saving.every == 0:
             buffers = {
                 **({"replay": self.real.state_dict()} if self.saving.replay else {}),
                 **({"model_replay": self.synthetic.state_dict()} if self.saving.model_replay else {}),
             }
-            save(f"agent-{self.epoch:06d}.safetensors", POLICY, tree | buffers, manifest)
-        if final:
-            save("agent.safetensors", POLICY, tree, manifest)
+            save("agent.safetensors" if final else f"agent-{self.epoch:06d}.safetensors", POLICY, tree | buffers, manifest)
 
     def state_dict(self) -> dict[str, Any]:
         self._await_evaluation()  # it may change the best return

@@ -54,9 +54,8 @@ def run_all(file: str, overrides: Sequence[str], dataset: str | None, device: st
         DydiffError: the file is wrong, a variant failed (all others are run; the message names the logs), or no such GPU.
     """
     experiment = load_experiment(file, list(overrides), dataset)
-    devices = [find_device(device)] if device else [find_device(f"cuda:{index}") for index in experiment.meta.gpu]
-    if not devices:
-        raise DydiffError("meta_data.gpu is empty; name a GPU, or use --device cpu.")
+    named = [device] if device else [f"cuda:{index}" for index in experiment.meta.gpu]
+    devices = [find_device(name) for name in named or ["auto"]]
     jobs = _list_jobs(experiment, _worker_command(file, overrides, dataset, root), root, resume)
     pending = skip_finished(jobs)
     if len(pending) == 1:

@@ -198,6 +198,7 @@ COMMANDS = [
     ("train -m x --use_cond=maybe", 2, "'maybe' is neither True nor False"),
     ("train -m x --precision=fp8", 2, "argument --precision: invalid choice: 'fp8'"),
     ("train -m x --cond_on_action=False --foreign_actions=0.5", 1, "--foreign_actions needs --cond_on_action=True"),
+    ("train -m x --max_length_of_trajectory=1 --foreign_actions=0.5", 1, "needs --max_length_of_trajectory of at least 2"),
     ("train -m x --foreign_actions=1.5", 2, "argument --foreign_actions: 1.5 is not between 0 and 1"),
     ("train -m x --include_action=False", 1, "--cond_on_action=True needs --include_action=True"),
     ("train -m x --rl_model_type=MLP_RL --dim_mults=1,2", 1, "--dim_mults goes with --rl_model_type=UNet_RL, not with MLP_RL"),

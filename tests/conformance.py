@@ -52,7 +52,11 @@ def run_file(
 
     The verdict is pass, FAIL, or skip where a backend is not for the case's network.
     """
-    kind = Case(path).meta["kind"]
+    try:
+        kind = Case(path).meta["kind"]
+    except Exception as error:  # the other cases go on
+        yield "?", float("nan"), 0.0, "FAIL", f"cannot be read: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return
     ways = backends if kind in LIMITS_16_BIT else modes if kind in AGENT_KINDS else None
     case = Case(path, device if ways is not None else "cpu")
     if kind not in KINDS:

@@ -176,7 +176,7 @@ def run_td3bc(case: Case, mode: str) -> dict[str, Pair]:
 def run_diffusion_actor(case: Case, backend: str) -> dict[str, Pair]:
     meta = case.meta
     dims = meta["observation_dim"], meta["action_dim"], meta["hidden"]
-    actor = DiffusionActor(*dims, meta["n_timesteps"], meta["beta_schedule"])
+    actor = DiffusionActor(*dims, meta["n_timesteps"], meta["beta_schedule"], embedding_dim=meta.get("t_dim", 16))
     actor.load_state_dict(rename_actor(case.under("w/")))
     loss, reconstruction = actor.denoising_loss(case["clean_action"], case["state"], case["t"], case["eps"])
     return {

@@ -213,8 +213,8 @@ def test_impossible_settings(run_stage, dataset, trained, tmp_path, setting):
 
 def test_gpu_of_the_file_on_a_machine_without_one(run_stage, dataset, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    check_refusal(run_stage("reward", dataset, "--set=seed=1"), "'cuda:0'", "Use --device cpu")
-    check_refusal(run_stage("reward", dataset, "--set=meta_data.gpu=[]"), "meta_data.gpu is empty")
+    check_refusal(run_stage("reward", dataset, "--set=meta_data.gpu=[0]"), "'cuda:0'", "Use --device cpu")
+    assert run_stage("reward", dataset, "--set=seed=1").status == 0
     check_refusal(run_stage("reward", dataset, "--device=gpu"), "'gpu' is not a device")
 
 

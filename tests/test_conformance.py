@@ -66,6 +66,15 @@ def test_an_unknown_kind_fails(tmp_path, capsys):
     assert "0 passed, 1 failed" in capsys.readouterr().out
 
 
+def test_a_file_that_cannot_be_read_fails_alone(tmp_path, capsys):
+    good = next(iter(sorted(SMALL.glob("*.npz"))))
+    (tmp_path / "a.npz").write_bytes(good.read_bytes()[:200])
+    np.savez(tmp_path / "b.npz", x=np.zeros(2))
+    (tmp_path / "c.npz").write_bytes(good.read_bytes())
+    assert conformance.main([str(tmp_path)]) == 1
+    assert "1 passed, 2 failed" in capsys.readouterr().out
+
+
 def test_an_empty_folder_is_an_error(tmp_path):
     assert conformance.main([str(tmp_path)]) == 1
 

@@ -17,7 +17,7 @@ from dydiff.agents import TD3BC
 from dydiff.checkpoint import load_checkpoint, save_checkpoint
 from dydiff.finite import find_not_finite
 from dydiff.fit import Fit
-from dydiff.models import DIFFUSION, DYNAMICS, REWARD
+from dydiff.models import DIFFUSION, DYNAMICS, POLICY, REWARD, load_policy
 from dydiff.runs import read_log, read_run
 
 CPU = "--device=cpu"
@@ -118,6 +118,17 @@ def test_nan_in_a_rollout_is_told_with_tensor_and_place(run_stage, dataset, mode
     outcome = run_stage("td3_bc", dataset, CPU, *use(models))
     check_refusal(outcome, *told, "The state after epoch 0")
     check_saved(only_run(tmp_path / "runs"), epoch=0)
+
+
+def test_the_hardmax_filter_keeps_one_of_one_and_buffers_are_saved_where_asked(run_stage, dataset, models, tmp_path):
+    settings = "num_epochs=3", "freq_saving=2", "rollout_batch_size=1", "keep_condition.filter_type=hardmax"
+    settings += "save_replay_buffer=true", "save_model_replay_buffer=true"
+    options = [f"--set=rl_trainer_params.{setting}" for setting in settings]
+    assert run_stage("td3_bc", dataset, CPU, *options, *use(models)).status == 0
+    for name, kept in ("agent-000002", 2 * 7), ("agent", 3 * 7):  # transitions of so many epochs
+        tree, _ = load_checkpoint(only_run(tmp_path / "runs") / f"{name}.safetensors", POLICY)
+        assert tree["replay"]["reward"].numel() > 2000 and tree["model_replay"]["reward"].numel() == kept
+    assert load_policy(only_run(tmp_path / "runs") / "agent.safetensors").agent.step > 0
 
 
 def test_models_with_nan_other_scaling_or_torn_manifests_are_refused(run_stage, dataset, models):

@@ -166,7 +166,22 @@ def test_every_start_is_given_to_one_of_several_models():
         expected = (loop[:, 1:] + wanted[1:]) / 2
         owners[:, index] = (trajectory.observation[:, 1:] - expected).abs().amax(dim=(1, 2)) < 1e-3
     assert (owners.sum(dim=1) == 1).all()
-    assert (owners.sum(dim=0) == torch.tensor([22, 19, 19])).all(), "25, 25 and 10 starts, dealt out evenly"
+    for part in owners.split(25):
+        assert (part.sum(dim=0) <= -(-len(part) // 3)).all(), "dealt out evenly"
+    assert (owners[:50].sum(dim=0) >= 14).all()
+
+
+def test_a_single_start_is_given_to_any_of_several_models():
+    denoisers = [certain(seed) for seed in (1, 2, 3)]
+    engine, source, start = make_engine(*denoisers, iterations=1), generator(), starts(1)
+    first_guess = closed_loop(start).observation[0, -1]
+    wanted = [make_spaces().observation_model_to_policy(each.network.trajectory[:, :OBSERVATION_DIM])[-1] for each in denoisers]
+    owners = []
+    for _ in range(60):
+        sampled = 2 * engine.roll_out(policy, start, source).observation[0, -1] - first_guess
+        distances = [(sampled - end).norm() for end in wanted]
+        owners.append(distances.index(min(distances)))
+    assert all(owners.count(index) >= 10 for index in range(3))
 
 
 def test_a_stochastic_policy_may_be_injected():

@@ -11,8 +11,6 @@ from dydiff.errors import DydiffError
 from dydiff.networks.embedding import sinusoidal_embedding
 from dydiff.networks.mlp import MLP, mish
 
-EMBEDDING_DIM = 16
-
 # Where the published code's layers are found in ours (both have `.weight` and `.bias`).
 PUBLISHED_NAMES = {
     "time_mlp.1": "step_embedding.layers.0",
@@ -56,11 +54,12 @@ class DiffusionActor(nn.Module):
         n_timesteps: int = 5,
         beta_schedule: str = "vp",
         generator: torch.Generator | None = None,
+        embedding_dim: int = 16,
     ):
         super().__init__()
         self.n_timesteps = n_timesteps
-        self.step_embedding = MLP(EMBEDDING_DIM, [2 * EMBEDDING_DIM], EMBEDDING_DIM, mish, generator)
-        input_dim = action_dim + EMBEDDING_DIM + observation_dim
+        self.step_embedding = MLP(embedding_dim, [2 * embedding_dim], embedding_dim, mish, generator)
+        input_dim = action_dim + embedding_dim + observation_dim
         self.network = MLP(input_dim, [hidden_dim] * 3, action_dim, mish, generator)
 
         # In float32 from here on: with small betas the cancellation in 1 - signal is visible in the actions, and the
@@ -72,7 +71,7 @@ class DiffusionActor(nn.Module):
             posterior_variance = betas * (1 - previous) / (1 - signal)
             posterior_std = posterior_variance.sqrt()
             posterior_std[0] = 0  # no noise is added at t = 0
-            step_features = sinusoidal_embedding(torch.arange(n_timesteps), EMBEDDING_DIM)  # [T, 16]
+            step_features = sinusoidal_embedding(torch.arange(n_timesteps), embedding_dim)  # [T, 16]
         # [T] each; not part of the weights: they follow from the arguments.
         for name, value in {
             "betas": betas,
