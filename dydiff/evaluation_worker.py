@@ -26,6 +26,11 @@ from dydiff.errors import DydiffError
 from dydiff.evaluate import Evaluator
 from dydiff.models import in_raw_space, restore_spaces, store_spaces
 
+# A handful of rows through one small network takes a CPU less time than it takes to launch them, and on a card a second process
+# takes turns with training. Diffusion-QL's 50 candidates of five evaluations each stay on the device.
+EVALUATED_ON_THE_DEVICE = ("diffusion_ql",)
+REMEDY = "Continue with --resume, or set rl_trainer_params.evaluation_worker to false to evaluate in the training process."
+
 
 @dataclasses.dataclass
 class PolicyScore:
@@ -48,9 +53,9 @@ def describe_evaluation(
     num_environments: int | None,
     device: str,
 ) -> dict[str, Any]:
-    """What a `PolicyEvaluator` is made of, in a form that can be sent; `model` holds the arguments of the agent."""
+    """What a `PolicyEvaluator` is made of, in a form that can be sent; `model` holds the arguments of the agent on the device."""
     return {
-        "agent": {"algorithm": algorithm, "model": model, "device": device},
+        "agent": {"algorithm": algorithm, "model": model, "device": device if algorithm in EVALUATED_ON_THE_DEVICE else "cpu"},
         "spaces": {name: value.cpu() for name, value in store_spaces(spaces).items()},
         "spec": dataclasses.asdict(spec),
         "evaluator": {"steps": steps, "max_path_length": max_path_length, "num_environments": num_environments},
@@ -139,8 +144,7 @@ class EvaluationWorker:
         under_way = self._seeds[len(self._answers) :]
         seed = f" with seed {under_way[0]}" if under_way else ""
         return DydiffError(
-            f"The process that evaluates {self._environment}{seed} ended {end} (what it printed stands above). "
-            "Continue with --resume, or set rl_trainer_params.evaluation_worker to false to evaluate in the training process."
+            f"The process that evaluates {self._environment}{seed} ended {end} (what it printed stands above). {REMEDY}"
         )
 
 
@@ -162,7 +166,8 @@ def work(connection: Connection) -> None:
         except DydiffError as error:
             answer = {"error": str(error)}
         except Exception as error:
-            answer = {"error": f"Evaluating {environment} with seed {seed} failed: {type(error).__name__}: {error}"}
+            where = f" with seed {seed}" if evaluator else ", in a process of its own,"
+            answer = {"error": f"Evaluating {environment}{where} failed: {type(error).__name__}: {error}. {REMEDY}"}
         try:
             connection.send_bytes(encode(answer))
         except OSError:  # nobody waits for it any more

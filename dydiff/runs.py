@@ -146,7 +146,7 @@ class Run:
         try:
             torch.set_rng_state(state["torch_rng"])
             if state["cuda_rng"] is not None:
-                torch.cuda.set_rng_state_all(state["cuda_rng"])
+                torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])  # the job may see fewer cards now
             stage.load_state_dict(state["stage"])
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise DydiffError(

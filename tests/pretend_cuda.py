@@ -258,6 +258,8 @@ def manual_seed_all(seed: int) -> None:
 
 
 def _set_states(states: list[torch.Tensor]) -> None:
+    if len(states) > CARDS:
+        raise IndexError("tuple index out of range")
     _state.random = [state.clone() for state in states]
 
 

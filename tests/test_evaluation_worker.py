@@ -77,6 +77,21 @@ def test_failures_name_environment_and_seed():
         worker.submit(state, seed=10)
 
 
+def test_a_device_that_the_worker_cannot_use_is_an_error_with_a_remedy():
+    description = describe("diffusion_ql")
+    description["agent"]["device"] = "cuda:99"
+    worker = EvaluationWorker(description)
+    with pytest.raises(DydiffError, match="Evaluating hopper, in a process of its own, failed: .*evaluation_worker to false"):
+        worker.take(worker.submit(initial_state("diffusion_ql", 0), seed=1))
+
+
+def test_only_policies_of_many_evaluations_act_on_the_device():
+    for algorithm, device in (("td3_bc", "cpu"), ("diffusion_ql", "cuda:0")):
+        spaces = PolicyEvaluator(describe(algorithm)).spaces
+        given = describe_evaluation(algorithm, MODELS[algorithm], spaces, environment_spec("hopper"), 60, 30, None, "cuda:0")
+        assert given["agent"]["device"] == device
+
+
 def train(folder, file, dataset, beside: bool, stop_after: int | None = None) -> None:
     """Train td3_bc without rollouts; from epoch `stop_after` on, the next line that is logged is followed by a signal."""
     settings = [f"rl_trainer_params.evaluation_worker={beside}", "rl_trainer_params.eval_freq=2"]

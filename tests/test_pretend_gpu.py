@@ -297,10 +297,12 @@ def test_every_stage_trains_resumes_and_is_reported(cards, dataset, command, run
     check(command("train", "-m", dataset, "--rl_model_type=MLP_RL", *tiny.TRAIN, "--duration=0.00008", device, f"--outdir={runs}"))
     for stage, section in (("dynamics", "dyn_model_params"), ("reward", "model_params")):
         check(run_stage(stage, dataset, device, f"--set={section}.max_epochs=2"))
+    states = torch.cuda.get_rng_state_all
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: 2 * states())  # as if the job that resumes saw fewer cards
     for epochs in (1, 2):
         check(run_stage("td3_bc", dataset, device, f"{short[1]}{epochs}", short[0], "--resume"))
     beside = ["--set=rl_trainer_params.evaluation_worker=true", "--set=sampler_kwargs.fast=true", "--set=seeds=[0, 1]"]
-    check(run_stage("cql", dataset, device, f"{short[1]}2", *beside))
+    check(run_stage("diffusion_ql", dataset, device, f"{short[1]}2", *beside))
     check(command("report", f"--outdir={runs}", f"--dataset={dataset}", "--starts=4", device))
     (file,) = runs.glob("*-td3_bc-s0/agent.safetensors")
     actions = [load_policy(file, where)(np.zeros((3, 4), np.float32)) for where in (SECOND, "cpu")]
