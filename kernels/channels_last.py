@@ -34,7 +34,7 @@ class ChannelsLastBlocks(ABC):
     channel_multiple = 1  # to which the data's columns are padded with zeros; a block's width is one of GroupNorm's groups
 
     @abstractmethod
-    def make_matrix(self, weight: Tensor, bias: Tensor | None) -> Matrix:
+    def make_matrix(self, weight: Tensor, bias: Tensor) -> Matrix:
         """Prepare weight [K, N] and bias [N], float32, for products."""
 
     @abstractmethod

@@ -21,18 +21,14 @@ from dydiff.kernels import native, reference
 from dydiff.kernels.checks import check_addressable, check_conditioning, check_like, check_philox
 from dydiff.kernels.native import why_unavailable
 from dydiff.kernels.philox import PhiloxDraw, PhiloxNoise, philox_normal
-from dydiff.kernels.reference import churned, inpaint, noise_schedule
 
 __all__ = [
     "PhiloxDraw",
     "PhiloxNoise",
     "available_backend",
     "churn_step",
-    "churned",
     "euler_step",
     "heun_step",
-    "inpaint",
-    "noise_schedule",
     "why_unavailable",
 ]
 

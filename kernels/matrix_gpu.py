@@ -9,10 +9,10 @@ from torch import Tensor
 class GpuMatrix:
     """A constant matrix [K, N] of 16 bit with a bias [N], multiplied by cuBLAS."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
+    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype):
         self.weight = weight.to(dtype).contiguous()
-        self.bias = None if bias is None else bias.to(dtype)
+        self.bias = bias.to(dtype)
 
     def multiply(self, rows: Tensor) -> Tensor:
         """rows [M, K] -> [M, N]."""
-        return rows @ self.weight if self.bias is None else torch.addmm(self.bias, rows, self.weight)
+        return torch.addmm(self.bias, rows, self.weight)

@@ -21,7 +21,7 @@ from dydiff.kernels.layout import Activation
 from dydiff.kernels.matmul import mish
 from dydiff.kernels.unet_reference import GROUPS
 
-SIZES = ["samples", "length", "gap", "per_sample", "blocks", "residual_pitch", "residual_shift"]
+SIZES = ["length", "gap", "per_sample", "blocks", "residual_pitch", "residual_shift"]
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -33,7 +33,6 @@ def normalisation_kernel(
     time,
     residual,
     out,
-    samples,
     length,
     gap,
     per_sample,
@@ -114,7 +113,6 @@ def normalise(
         "time": time,
         "residual": residual.rows if gapped else residual,
         "out": out.rows,
-        "samples": out.batch,
         "length": out.length,
         "gap": out.gap,
         "per_sample": statistics.per_sample,

@@ -40,7 +40,7 @@ class CpuBlocks(ChannelsLastBlocks):
         # Megabytes that are asked for anew come as untouched pages, and touching them costs more than the transforms do.
         self._scratch = torch.empty(0, dtype=dtype)
 
-    def make_matrix(self, weight: Tensor, bias: Tensor | None) -> ConstantMatrix:
+    def make_matrix(self, weight: Tensor, bias: Tensor) -> ConstantMatrix:
         return ConstantMatrix(weight, bias, self.dtype)
 
     def make_filters(self, weight: Tensor) -> ConstantMatrices:

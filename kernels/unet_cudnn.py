@@ -28,7 +28,7 @@ class CudnnBlocks(ChannelsLastBlocks):
         self.dtype = dtype
         self.execute = execute
 
-    def make_matrix(self, weight: Tensor, bias: Tensor | None) -> GpuMatrix:
+    def make_matrix(self, weight: Tensor, bias: Tensor) -> GpuMatrix:
         return GpuMatrix(weight, bias, self.dtype)
 
     def make_filters(self, weight: Tensor) -> Tensor:

@@ -243,11 +243,11 @@ def test_schedule_and_churn():
 
 def run_loop(latents, network, num_steps, backend, noises=None, first_observation=None, actions=None) -> Tensor:
     """The sampler composed of the three steps; network(model_input, sigma) is the raw F. Without noises: no churn."""
-    schedule = edm.noise_schedule(num_steps, 0.002, 80.0, 7.0)
+    schedule = reference.noise_schedule(num_steps, 0.002, 80.0, 7.0)
     s_churn = 0.0 if noises is None else 60.0
-    x = edm.inpaint(latents * schedule[0], first_observation, actions)
+    x = reference.inpaint(latents * schedule[0], first_observation, actions)
     for i, sigma in enumerate(schedule[:-1]):
-        sigma_hat, sigma_next = edm.churned(sigma, num_steps, s_churn, 0.36995, 52.242), schedule[i + 1]
+        sigma_hat, sigma_next = reference.churned(sigma, num_steps, s_churn, 0.36995, 52.242), schedule[i + 1]
         noise = torch.zeros_like(x) if noises is None else noises[i]
         x_hat, model_input = edm.churn_step(x, noise, sigma, sigma_hat, 1.002, backend=backend)
         condition = sigma_hat, sigma_next, first_observation, actions

@@ -106,13 +106,14 @@ def test_network_and_its_gradients(precision, finish_block):
     x, label = torch.randn(2, 8, 3, device=device), torch.randn(2, device=device)
     double = copy.deepcopy(unet).double()
     exact = gradients(double, double, x.double(), label.double(), {})
-    with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-        plain = copy.deepcopy(unet)
-        rounded = gradients(plain, plain, x, label, {})
     functions = {"kernels": finish.finish_block, "plain": unet_reference.finish_block}
     network = CudnnTrainingUNet(unet, precision, functions[finish_block])
     assert bool(network.copies) == (precision == "bf16")
-    ours = gradients(network, unet, x, label, network.copies)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # which cuDNN takes for some layouts and not for others
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            plain = copy.deepcopy(unet)
+            rounded = gradients(plain, plain, x, label, {})
+        ours = gradients(network, unet, x, label, network.copies)
     assert (ours - exact).norm() <= max(2 * (rounded - exact).norm(), 1e-6 * exact.norm())
 
 

@@ -97,7 +97,9 @@ class OnePassUpdate(Update):
         for weight in self.weights:
             first, second = self.moments[weight]
             self.adam.state[weight] = {"step": torch.tensor(float(self.steps)), "exp_avg": first, "exp_avg_sq": second}
-        return super().state_dict()
+        state = super().state_dict()
+        self.adam.state.clear()  # a copy: the moments are here
+        return state
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
