@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
 from dydiff.errors import DydiffError, NotFinite
 from dydiff.memory import is_out_of_memory
 from dydiff.runs import Run, Stage
+
+LONG, SHARE = 1.0, 0.05  # seconds from which on saving takes long, and the share of the time that it may then take
 
 
 class Interrupts:
@@ -46,8 +49,9 @@ def drive(
 ) -> None:
     """Train a stage to its end inside a run folder: resume, log every epoch, save every `save_every` epochs and on signals.
 
-    The state is saved before the first epoch too, so that there always is one from before a failure. `on_epoch` is called with
-    each record that is logged, `on_start` once the stage is where it goes on from.
+    The state is saved before the first epoch too, so that there always is one from before a failure. Where saving takes long,
+    epochs that are due are passed over, so that training spends little of its time on it. `on_epoch` is called with each record
+    that is logged, `on_start` once the stage is where it goes on from.
 
     Raises:
         Interrupted: a signal asked for the end; the state is saved and the run can be resumed.
@@ -60,18 +64,23 @@ def drive(
         on_start()
         if stage.finished:  # killed between its last state and its end, or resumed for no longer than it ran
             stage.save_products(run.save, final=True)
+        pause, last = 0.0, time.monotonic()
         with Interrupts() as interrupts:
             while not stage.finished:
                 record = _run_epoch(stage, run, saved)
                 stopped_by = interrupts.received
-                saving = stopped_by is not None or stage.finished or stage.epoch % save_every == 0
+                due = stage.epoch % save_every == 0 and time.monotonic() - last >= pause
+                saving = stopped_by is not None or stage.finished or due
                 records = stage.late_records(wait=saving) if record is None else [(stage.epoch, record)]
                 for epoch, complete in records:
                     run.log(epoch, complete)
                     on_epoch(complete)
                 stage.save_products(run.save, final=stage.finished)
                 if saving:
+                    began = time.monotonic()
                     saved = run.save_state(stage)
+                    last = time.monotonic()
+                    pause = (last - began) / SHARE if last - began > LONG else 0.0
                 if stopped_by is not None and not stage.finished:
                     status = "interrupted"
                     raise Interrupted(f"Stopped by signal {stopped_by} after epoch {stage.epoch}; the state is saved.")

@@ -134,7 +134,12 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--duration", type=number, default=4.0, help="length of training, in millions of windows")
     parser.add_argument("--tick", type=number, default=1.0, help="how often to log, in thousands of windows")
     parser.add_argument("--snap", type=int, default=0, help="write a snapshot of the model every so many ticks (0: never)")
-    parser.add_argument("--dump", type=count, default=50, help="write the state for --resume every so many ticks")
+    parser.add_argument(
+        "--dump",
+        type=count,
+        default=50,
+        help="write the state for --resume every so many ticks; less often where that would take over a twentieth of the time",
+    )
     parser.add_argument("--lr", type=number, default=1e-3, help="Adam's step size, reached at the end of --ramp")
     parser.add_argument("--ramp", type=number, default=10.0, help="windows over which the step size grows to --lr, in millions")
     parser.add_argument("--ema", type=number, default=0.5, help="half-life of the weights' average, in millions of windows")

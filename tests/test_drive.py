@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -15,6 +16,7 @@ from conftest import check_refusal
 
 from dydiff.agents import TD3BC
 from dydiff.checkpoint import load_checkpoint, save_checkpoint
+from dydiff.drive import drive
 from dydiff.finite import find_not_finite
 from dydiff.fit import Fit
 from dydiff.models import DIFFUSION, DYNAMICS, POLICY, REWARD, load_policy
@@ -286,3 +288,26 @@ def test_every_checkpoint_tells_its_origin(run_stage, dataset, models, tmp_path)
         assert {path: len(digest) for path, digest in manifest["model_digests"].items()} == dict.fromkeys(
             (str(file.resolve()) for file in models.values()), 64
         )
+
+
+@pytest.mark.parametrize("cost, states", [(0.5, [2, 4, 6, 8, 10, 12, 14, 15]), (2.0, [2, 8, 14, 15])])
+def test_states_that_take_long_are_saved_less_often(monkeypatch, cost, states):
+    """Epochs of eight seconds, every second of which is due."""
+    clock, saved = [0.0], []
+    monkeypatch.setattr("dydiff.drive.time.monotonic", lambda: clock[0])
+
+    def train(epochs: int) -> dict[str, float]:
+        clock[0] += 8
+        stage.epoch += 1
+        stage.finished = stage.epoch == epochs
+        return {}
+
+    def save(stage: SimpleNamespace) -> int:
+        clock[0] += cost
+        saved.append(stage.epoch)
+        return stage.epoch
+
+    stage = SimpleNamespace(epoch=0, finished=False, run_epoch=lambda: train(15), save_products=lambda save, final: None)
+    nothing = {name: lambda *arguments: None for name in ("log", "close", "save")}
+    drive(stage, SimpleNamespace(restore=lambda stage: 0, save_state=save, **nothing), save_every=2)
+    assert saved == states
