@@ -18,6 +18,7 @@ from torch.utils._triton import has_triton  # `import torch` alone does not load
 
 from dydiff.errors import DydiffError
 
+REMEDY = "Set DYDIFF_CAPTURE=0 in the environment: all runs without graphs then, only slower."
 POLICY_REMEDY = (
     "A policy that is rolled out must not read its tensors on the host (.item(), .cpu(), if tensor:) and may draw from the "
     "rollout's generator alone. Mend it, make the RolloutEngine with capture=False, or set DYDIFF_CAPTURE=0 in the environment."
@@ -147,7 +148,7 @@ class CapturedGraph:
         device: torch.device,
         *generators: torch.Generator,
         pool: tuple[int, int] | None = None,
-        remedy: str = "Set DYDIFF_CAPTURE=0 in the environment: all runs without graphs then, only slower.",
+        remedy: str = REMEDY,
     ):
         self._device = device
         with torch.cuda.device(device), _without_collector():  # a capture on another device than the current one records nothing
@@ -179,27 +180,34 @@ class GraphedFunction:
     """A function of tensors to a tuple of tensors, run as CUDA graphs: one graph for each combination of the inputs' shapes.
 
     A combination's first call runs plainly (libraries allocate, kernels compile), its second one is captured, later ones are
-    replayed. All give the same numbers: draws from `generator` go on from call to call. Whatever else the function reads (weights
+    replayed. All give the same numbers: draws from `generators` go on from call to call. Whatever else the function reads (weights
     of a policy) is read where it was at the capture, so it must be changed in place. Several of them may share a memory `pool`
     (`make_pool`), if they do not run at the same time.
 
     Raises:
-        DydiffError: on capture, where the function waits for the device or draws from another generator.
+        DydiffError: on capture, where the function waits for the device or draws from another generator; ends with `remedy`.
         torch.OutOfMemoryError: where the memory does not hold what it computes.
     """
 
     def __init__(
-        self, function: Callable[..., tuple[Tensor, ...]], generator: torch.Generator, pool: tuple[int, int] | None = None
+        self,
+        function: Callable[..., tuple[Tensor, ...]],
+        device: torch.device,
+        *generators: torch.Generator,
+        pool: tuple[int, int] | None = None,
+        remedy: str = REMEDY,
     ):
         self._function = function
-        self._generator = generator
+        self._device = device
+        self._generators = generators
         self._pool = pool
+        self._remedy = remedy
         self._graphs: dict[tuple[torch.Size, ...], tuple[CapturedGraph, list[Tensor]] | None] = {}
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         key = tuple(tensor.shape for tensor in inputs)
         if key not in self._graphs:
-            outputs = warm_up(lambda: self._function(*inputs), self._generator.device)
+            outputs = warm_up(lambda: self._function(*inputs), self._device)
             self._graphs[key] = None
             return outputs
         if self._graphs[key] is None:
@@ -211,13 +219,15 @@ class GraphedFunction:
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> tuple[CapturedGraph, list[Tensor]]:
         places = [tensor.clone() for tensor in inputs]
-        function, device = partial(self._function, *places), self._generator.device
-        return CapturedGraph(function, device, self._generator, pool=self._pool, remedy=POLICY_REMEDY), places
+        function = partial(self._function, *places)
+        return CapturedGraph(function, self._device, *self._generators, pool=self._pool, remedy=self._remedy), places
 
 
-def capture_if_gpu(function: Callable[..., tuple[Tensor, ...]], generator: torch.Generator) -> Callable[..., tuple[Tensor, ...]]:
-    """The function as CUDA graphs where its generator is a GPU's (and `captures`); elsewhere the function itself."""
-    return GraphedFunction(function, generator) if captures(generator.device) else function
+def capture_if_gpu(
+    function: Callable[..., tuple[Tensor, ...]], device: torch.device, *generators: torch.Generator
+) -> Callable[..., tuple[Tensor, ...]]:
+    """The function as CUDA graphs on a GPU (where it `captures`); elsewhere the function itself."""
+    return GraphedFunction(function, device, *generators) if captures(device) else function
 
 
 def warm_up(function: Callable[[], Any], device: torch.device) -> Any:

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dydiff.capture import capture_if_gpu
 from dydiff.data.transitions import Transitions
 from dydiff.errors import DydiffError, NotFinite
 from dydiff.finite import find_not_finite
@@ -75,6 +76,7 @@ class Fit:
         self.num_holdout = num_holdout
         self._split()
 
+        self._gradients = capture_if_gpu(self._find_gradients, self.device)
         self.epoch = 0
         self.step = 0
         self.epochs_without_improvement = 0
@@ -111,7 +113,8 @@ class Fit:
         order = torch.randperm(num_rows, generator=self.generator)[: num_steps * batch_size].to(self.device)
         losses = torch.empty(num_steps, device=self.device)
         for i, columns in enumerate(order.split(batch_size)):
-            losses[i] = self._train_step(self.rows[..., columns].long())
+            (losses[i],) = self._gradients(columns)
+            self.optimizer.step()
         self._check_losses(losses)
         self.step += num_steps
         error, improved = self._measure()
@@ -138,12 +141,12 @@ class Fit:
         batch = Transitions(*(column[rows] for column in self.data))
         return batch.observation, batch.action, self.model.target(batch)
 
-    def _train_step(self, rows: Tensor) -> Tensor:
-        loss = self.model.loss(*self._gather(rows))
+    def _find_gradients(self, columns: Tensor) -> tuple[Tensor]:
+        """The loss of a batch, `columns [B]` of `rows`; leaves the gradients with the weights. On a GPU it is captured."""
         self.optimizer.zero_grad()
+        loss = self.model.loss(*self._gather(self.rows[..., columns].long()))
         loss.backward()
-        self.optimizer.step()
-        return loss.detach()
+        return (loss.detach(),)
 
     @torch.no_grad()
     def _measure(self) -> tuple[Tensor, bool]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from dydiff.arguments import as_rows, check_count, describe
 from dydiff.backend_choice import prepare_denoiser
 from dydiff.backends import SamplingDenoiser
-from dydiff.capture import GraphedFunction, captures, make_pool
+from dydiff.capture import POLICY_REMEDY, GraphedFunction, captures, make_pool
 from dydiff.data import Spaces, Transitions
 from dydiff.diffusion.edm import Denoiser
 from dydiff.diffusion.fast_sampler import FastMode
@@ -185,7 +185,9 @@ class RolloutEngine:
             if len(self._captured) == KEPT_GRAPHS:  # each holds its outputs and its launches
                 del self._captured[next(iter(self._captured))]
             self._pool = self._pool or make_pool()
-            self._captured[owner] = GraphedFunction(function, generator, self._pool)
+            self._captured[owner] = GraphedFunction(
+                function, generator.device, generator, pool=self._pool, remedy=POLICY_REMEDY
+            )
         return self._captured[owner]
 
     def _noise(self, generator: torch.Generator, device: torch.device) -> Draw:

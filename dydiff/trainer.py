@@ -132,7 +132,8 @@ class PolicyTrainer:
         num_updates = num_epochs * updates_per_epoch
         how = batch_size, real_ratio, self.generator, update_mode, num_updates, update_precision
         self.updates = Updates(agent, real, synthetic, *how)
-        self._judge = None if rollouts is None else capture_if_gpu(partial(rollouts.judge, self.generator), self.generator)
+        judge = partial(rollouts.judge, self.generator) if rollouts else None
+        self._judge = judge and capture_if_gpu(judge, agent.device, self.generator)
         self.epoch = 0
         self.best_return = -float("inf")
         self._best: Epoch | None = None  # whose policy is the best so far and not saved yet

@@ -25,8 +25,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
-DEVICE_TESTED = "edm_step philox unet_kernels finish adam backend_choice rollout_capture memory updates training_precision".split()
-DEVICE_TESTS = [f"tests/test_{name}.py" for name in DEVICE_TESTED]
+DEVICE_TESTED = "edm_step philox unet_kernels finish adam backend_choice rollout_capture memory updates training_precision"
+DEVICE_TESTS = [f"tests/test_{name}.py" for name in (*DEVICE_TESTED.split(), "one_step_models")]
 UPDATES = "--variants=published,stock,eager,graph,bf16"
 COMPILED = "--variants=published,compiled,graph", "--cases=td3bc,diffusion_ql"  # apart: the compiler takes most of the time
 LAST_WORDS = 5.0  # seconds for a killed part's output

@@ -88,7 +88,7 @@ MAY_IMPORT = {
         "dydiff.device",
         "dydiff.finite",
     ],
-    "dydiff.fit": [*FOUNDATION, "dydiff.data", "dydiff.finite"],
+    "dydiff.fit": [*FOUNDATION, "dydiff.capture", "dydiff.data", "dydiff.finite"],
     "dydiff.dynamics": [*FOUNDATION, "dydiff.data", "dydiff.networks"],
     "dydiff.reward": [*FOUNDATION, "dydiff.data", "dydiff.networks"],
     "dydiff.agents": [*FOUNDATION, "dydiff.data", "dydiff.networks", "dydiff.kernels"],

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from dydiff.capture import GraphedFunction
 from dydiff.data.transitions import Transitions
 from dydiff.dynamics import DynamicsEnsemble
 from dydiff.errors import DydiffError
@@ -187,6 +188,32 @@ def test_bounds_are_learnt_only_on_request():
         fit = make_fit(kind, linear_system(64))
         fit.run_epoch()
         assert bool((fit.model.max_log_var != 0.5).any()) is learnt
+
+
+def assert_captured_steps_are_the_plain_ones(kind: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two fits of three epochs on a GPU, of which the second one is interrupted and resumed."""
+    data = Transitions(*(column.to(device) for column in linear_system(300)))
+    fits = []
+    for capture in "0", "1":
+        monkeypatch.setenv("DYDIFF_CAPTURE", capture)
+        fit, again = (Fit(make_model(kind).to(device), data, generator(1), kind != "reward", lr=3e-3, batch_size=32) for _ in "12")
+        assert isinstance(fit._gradients, GraphedFunction) == (capture == "1")
+        for _ in range(2):
+            fit.run_epoch()
+        again.load_state_dict(copy.deepcopy(fit.state_dict()))
+        again.run_epoch()
+        fits.append(again)
+    plain, captured = fits
+    assert captured._gradients._graphs and captured.step == plain.step > 20
+    for one, other in zip(plain.model.parameters(), captured.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(plain.best_error, captured.best_error, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures CUDA graphs; test_pretend_gpu.py does without a GPU")
+@every_model
+def test_captured_steps_are_the_plain_ones(kind, monkeypatch):
+    assert_captured_steps_are_the_plain_ones(kind, "cuda", monkeypatch)
 
 
 def test_prediction_takes_the_mean_of_the_elite_that_was_drawn():

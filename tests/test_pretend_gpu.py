@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from pretend_gpu import pretend
+from test_one_step_models import assert_captured_steps_are_the_plain_ones
 from test_rollout import HORIZON, OBSERVATION_DIM, starts
 from test_rollout_capture import make_agent, make_rollouts, prepare
 from test_training_precision import make_trainer, windows  # noqa: F401
@@ -154,7 +155,7 @@ def test_captured_rollouts_are_the_plain_ones(cards, name, settings):
         source = torch.Generator(SECOND).manual_seed(3)
         reward = RewardModel(OBSERVATION_DIM, 1, [8], generator=torch.Generator().manual_seed(0)).to(SECOND)
         rollouts = make_rollouts(engine, reward)
-        judge = capture_if_gpu(lambda *each, r=rollouts, s=source: r.judge(s, *each), source) if on else None
+        judge = capture_if_gpu(lambda *each, r=rollouts, s=source: r.judge(s, *each), source.device, source) if on else None
 
         def act(observation: Tensor, agent=agent, source=source) -> Tensor:
             return agent.act(observation, source)
@@ -271,7 +272,7 @@ def test_nothing_is_captured_where_the_environment_forbids_it(cards, windows, mo
     for other in others:
         assert torch.equal(first.observation.cpu(), other.observation.cpu())
     assert choose_mode("auto", torch.device(SECOND), 10**6) == "eager"
-    assert capture_if_gpu(len, source) is len
+    assert capture_if_gpu(len, source.device, source) is len
     there = copy.deepcopy(windows)
     for name in ("start", "length", "rows", "_offset", "limits"):
         setattr(there, name, getattr(there, name).to(SECOND))
@@ -280,6 +281,11 @@ def test_nothing_is_captured_where_the_environment_forbids_it(cards, windows, mo
 
 
 # Whole commands
+
+
+@pytest.mark.parametrize("kind", ["dynamics", "reward"])
+def test_captured_steps_of_one_step_models_are_the_plain_ones(cards, kind, monkeypatch):
+    assert_captured_steps_are_the_plain_ones(kind, SECOND, monkeypatch)
 
 
 def test_every_stage_trains_resumes_and_is_reported(cards, dataset, command, run_stage, tmp_path, monkeypatch):

@@ -146,7 +146,7 @@ def test_captured_judgement_is_the_plain_one(filter_type):
     for capture in (False, True):
         source = torch.Generator("cuda").manual_seed(3)
         judge = partial(rollouts.judge, source)
-        judge = capture_if_gpu(judge, source) if capture else judge
+        judge = capture_if_gpu(judge, source.device, source) if capture else judge
         inputs = torch.Generator("cuda").manual_seed(4)
         shapes = (20, HORIZON, OBSERVATION_DIM), (20, HORIZON, ACTION_DIM)
         results.append([judge(*(torch.randn(shape, generator=inputs, device="cuda") for shape in shapes)) for _ in range(4)])
