@@ -218,10 +218,12 @@ class Ours(Runner):
         # The engine then leaves the noise to the compiled sampler step.
         compiled_step = edm.available_backend(work.device, torch.float32) == "extension"
         self.makes_noise = compiled_step and backend != "reference" and fast is None
-        # A rollout is a CUDA graph, so its parts are timed as one; the trusted variant stays what it is.
-        capture = (lambda function, generator: function) if backend == "reference" else capture_if_gpu
-        self._evaluate = capture(lambda: (self.denoiser.evaluate(work.model_input, 1.0),), self.generator)
-        self._sample = capture(self._sample_plainly, self.generator)
+        self._evaluate = lambda: (self.denoiser.evaluate(work.model_input, 1.0),)
+        self._sample = self._sample_plainly
+        if backend != "reference":  # the trusted variant
+            # A rollout is a CUDA graph, so its parts are timed as one.
+            where = self.generator.device, self.generator
+            self._evaluate, self._sample = (capture_if_gpu(each, *where) for each in (self._evaluate, self._sample))
 
     def evaluation(self) -> Tensor:
         return self._evaluate()[0]
