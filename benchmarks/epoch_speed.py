@@ -224,10 +224,10 @@ def run_case(name: str, session: Session) -> None:
         case, runners = make_epoch_case(options.variants, work, options.evaluation_steps)
     patience = Patience(options.seconds, least=1 if options.quick else 3, warm_up=True, reuse=options.quick)
     measurements = session.race(case, patience)
-    parts = {label: {part: s / EPOCHS for part, s in runner.parts.items()} for label, runner in runners.items()}
+    right = [each.variant.name for each in measurements if each.variant.name in runners]
+    parts = {label: {part: s / EPOCHS for part, s in runners[label].parts.items()} for label in right}
     session.record(case, measurements, extra={label: {f"{part}_s": s for part, s in of.items()} for label, of in parts.items()})
-    for label in (each.variant.name for each in measurements if each.variant.name in parts):
-        seconds = parts[label]
+    for label, seconds in parts.items():
         shown = ", ".join(f"{part} {show_seconds(s)}" for part, s in seconds.items())
         print(f"    {label}, the last call, an epoch: {shown}", flush=True)
 

@@ -35,7 +35,7 @@ FULL_SIZE = 128, (1, 4, 8)  # dim and dim_mults of the U-Net
 
 
 class BenchmarkError(Exception):
-    """The run cannot go on: a variant computes something else, or cannot run here."""
+    """A variant computes something else or cannot run here, or no variant is left."""
 
 
 class Failures:

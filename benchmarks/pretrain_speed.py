@@ -17,10 +17,10 @@ windows, loss, gradients, gradient repair, Adam, moving average of the weights. 
     bf16, winograd   dydiff's trainer with that precision, where asked for
 
 Before anything is timed, every variant's gradient with respect to all weights, on the same windows, noise levels and noise, is
-checked against float32 without TF32; one above its limit stops the run with status 1 (`error` in the table). Variants are then
-timed in turn. The table shows medians, the range, the number of repetitions n, the speed-up over `published`, TFLOP/s
-(multiply-adds of direct convolutions and matrix products, forward and backward) and their share of what large square matrix
-products of the same dtype reach here.
+checked against float32 without TF32 (`error` in the table); one above its limit is left out, and the run ends with status 1.
+Variants are then timed in turn. The table shows medians, the range, the number of repetitions n, the speed-up over `published`,
+TFLOP/s (multiply-adds of direct convolutions and matrix products, forward and backward) and their share of what large square
+matrix products of the same dtype reach here.
 """
 
 from __future__ import annotations

@@ -15,11 +15,11 @@ Variants: `published` and `stock` (baselines.py, stock.py), every backend of dyd
 `fast`, the fastest of these in fast mode (dydiff/diffusion/fast_sampler.py), which samples other trajectories.
 
 Every variant is first checked against float32 without TF32 on the very inputs that are timed (`fast`: against fast mode in
-float32): relative error at most 2e-2 in 16 bit and TF32, 1e-3 in float32, and twice that for the network's raw output, of
-which the sampler takes at most half. One above its limit stops the run with status 1. Variants are then timed in turn. The
-table shows medians, the range, the number of repetitions n, the speed-up over `published`, TFLOP/s (of direct convolutions
-and matrix products, whatever the variant really does) and their share of what large square matrix products of the same dtype
-reach, measured at the beginning of this run.
+float32): relative error at most 2e-2 in 16 bit and TF32, 1e-3 in float32, and twice that for the network's raw output, of which
+the sampler takes at most half. One above its limit is left out, and the run ends with status 1. Variants are then timed in
+turn. The table shows medians, the range, the number of repetitions n, the speed-up over `published`, TFLOP/s (of direct
+convolutions and matrix products, whatever the variant really does) and their share of what large square matrix products of the
+same dtype reach, measured at the beginning of this run.
 
 Peak memory is that of a process of its own, which builds the variant and runs all cases with few sampler steps (memory does
 not depend on their number), weights and inputs included: torch.cuda.max_memory_allocated on a GPU; on a CPU the growth of the

@@ -11,10 +11,10 @@ Cases, on Hopper's dimensions (11 observations, 3 actions), networks 2 x 256, ba
     replay_insert              append the 1,228 x 99 transitions of a rollout
 
 Variants: `published` and `stock` (benchmarks/update_baselines.py), dydiff's modes `eager`, `compiled` and, on a GPU, `graph`
-(dydiff/updates.py), and `bf16`, the fastest of these with `update_precision: bf16`. Before anything is timed, every variant makes
-four updates on the same batches and noise; if what these change in the weights differs from the plainest variant's, the run stops
-with status 1 (`error` in the table). Times are of one call, which makes as many updates as the note says. FLOPs are those of the
-matrix products of dydiff's own updates.
+(dydiff/updates.py), and `bf16`, the fastest of these with `update_precision: bf16`. Before anything is timed, every variant
+makes four updates on the same batches and noise; if what these change in the weights differs from the plainest variant's
+(`error` in the table), it is left out, and the run ends with status 1. Times are of one call, which makes as many updates as
+the note says. FLOPs are those of the matrix products of dydiff's own updates.
 """
 
 from __future__ import annotations

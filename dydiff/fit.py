@@ -218,3 +218,4 @@ class Fit:
         self.step = tree["step"]
         self.epochs_without_improvement = tree["epochs_without_improvement"]
         self._split()
+        self._gradients = capture_if_gpu(self._find_gradients, self.device)  # a graph would read the rows of before

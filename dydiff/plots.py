@@ -17,6 +17,8 @@ from matplotlib import pyplot  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
+from dydiff.checkpoint import write_atomically
+
 # Okabe and Ito's palette: told apart by colour-blind eyes, and in grey by lightness.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -41,7 +43,8 @@ def _figure(path: Path, rows: int, columns: int, width: float, height: float, sh
     shared = {"sharex": share, "sharey": "row" if share else False}
     figure, axes = pyplot.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained", **shared)
     yield figure, axes
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    kind = path.suffix.removeprefix(".")
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, bbox_inches="tight", format=kind))
     pyplot.close(figure)
 
 

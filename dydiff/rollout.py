@@ -227,13 +227,13 @@ class RolloutEngine:
     def _start_autoregressively(self, policy: Policy, first: Tensor, generator: torch.Generator) -> Trajectory:
         """The single-step rollout, o[h+1] = f(o[h], policy(o[h])): first [B, O] -> H rows, all in model space."""
         seen = self.spaces.observation_model_to_policy(first)
-        observations, actions = [first], [self._act(policy, seen)]
+        observations, actions = [first], [self._act(policy, seen.clone())]  # a policy may change what it is given
         predict = self.dynamics.predictor()
         for _ in range(self.horizon - 1):
             following = predict(seen, self.spaces.action_model_to_policy(actions[-1]), generator)
             observations.append(self.spaces.observation_policy_to_model(following))
             seen = self.spaces.observation_model_to_policy(observations[-1])
-            actions.append(self._act(policy, seen))
+            actions.append(self._act(policy, seen.clone()))
         return Trajectory(torch.stack(observations, dim=1), torch.stack(actions, dim=1))
 
     def _sample(self, first: Tensor, action: Tensor, generator: torch.Generator, draw: Draw, guess: Tensor | None) -> Tensor:

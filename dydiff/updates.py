@@ -79,6 +79,8 @@ class Updates:
     def together(cls, parts: Sequence[Updates]) -> Updates:
         """The updates of equal agents of several seeds in one: each as in its own `Updates`, which must not run any more."""
         first = parts[0]
+        if len(parts) == 1:
+            return first
         (agent, real, synthetic, generator), *_ = learners = [part.learners[0] for part in parts]
         updates = cls(agent, real, synthetic, first.batch_size, first.real_ratio, generator, first.mode, 0, first.precision)
         updates.learners = learners

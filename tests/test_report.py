@@ -10,11 +10,13 @@ import pytest
 import tiny
 import torch
 
+from dydiff import plots
 from dydiff.collect import collect
 from dydiff.config import Constants, KeepCondition, RLTrainerParams, TD3BCParams
 from dydiff.data import Limits, Spaces, ZScore, load_dataset
 from dydiff.deviation import Comparison
 from dydiff.environments import environment_spec
+from dydiff.errors import DydiffError
 from dydiff.policy_runs import PolicyRun, group_runs
 from dydiff.simulate import SimulatedTrajectories
 from dydiff.tables import format_table
@@ -184,3 +186,11 @@ def test_variants_are_told_apart():
 
 def test_table():
     assert format_table([["a", "long"], ["word", "1"]]) == "  a     long\n  word     1"
+
+
+def test_a_picture_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "rollout_error.png" / "folder").mkdir(parents=True)
+    with pytest.raises(DydiffError, match="Cannot write '.*rollout_error.png'"):
+        with plots._figure(tmp_path / "rollout_error.png", 1, 1, 3, 3):
+            pass
+    assert [file.name for file in tmp_path.iterdir()] == ["rollout_error.png"]

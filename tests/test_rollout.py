@@ -214,6 +214,18 @@ def test_observations_outside_of_the_data_come_back_clipped():
     assert raw[0, 0, 0] == pytest.approx(50.0)
 
 
+def test_a_policy_may_change_what_it_is_given():
+    def in_place(observation: Tensor) -> Tensor:
+        return policy(observation.mul_(2).sub_(1))
+
+    engines = make_engine(learnt()), make_engine(learnt())
+    one, other = (
+        engine.roll_out(act, starts(4), generator())
+        for engine, act in zip(engines, (in_place, lambda o: policy(o * 2 - 1)), strict=True)
+    )
+    assert torch.equal(one.observation, other.observation) and torch.equal(one.action, other.action)
+
+
 def test_nan_is_told_with_its_place():
     start = starts(4)
 

@@ -48,6 +48,11 @@ def make_updates(variant: str, seed: int, mode: str) -> Updates:
     return Updates(agent, real, synthetic, 16, 0.6, torch.Generator().manual_seed(20 + seed), mode, 0)
 
 
+def test_one_seed_together_is_that_seed_alone():
+    alone = make_updates("td3_bc", 0, "eager")
+    assert Updates.together([alone]) is alone
+
+
 @pytest.mark.parametrize("variant, mode", CASES)
 def test_seeds_update_together_as_alone(variant, mode):
     alone = [make_updates(variant, seed, "eager") for seed in SEEDS]
