@@ -6,11 +6,9 @@ trajectories around the policy's actions, the two are averaged, and the policy r
 
 from __future__ import annotations
 
-import difflib
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,15 +22,14 @@ from dydiff.diffusion.edm import Denoiser
 from dydiff.diffusion.fast_sampler import FastMode
 from dydiff.diffusion.sampler import Draw, sample_edm
 from dydiff.dynamics import DynamicsEnsemble
-from dydiff.errors import DydiffError, NotFinite
+from dydiff.errors import DydiffError
 from dydiff.kernels import edm
 from dydiff.memory import compute_in_chunks
 from dydiff.ranges import named_range
 from dydiff.reward import RewardModel
+from dydiff.rollout_checks import TrainedModel, check_finite, check_policys_spaces, check_sampler, fitting_denoiser
 
 KEPT_GRAPHS = 64  # combinations of policy and settings whose CUDA graphs are kept, such as seeds that train together
-DEFAULTS = {name: each.default for name, each in inspect.signature(sample_edm).parameters.items()}
-SAMPLER_SETTINGS = [name for name, default in DEFAULTS.items() if isinstance(default, (int, float))]
 Policy = Callable[[Tensor], Tensor]  # observation [B, O] -> action [B, A], both in policy space
 
 
@@ -41,12 +38,6 @@ class Actor(Protocol):
 
     def act(self, observation: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Action [B, A] of observation [B, O], both in policy space."""
-
-
-class TrainedModel(Protocol):
-    """What `load_diffusion_model` gives."""
-
-    denoiser: Denoiser
 
 
 class Trajectory(NamedTuple):
@@ -93,12 +84,12 @@ class RolloutEngine:
         check_count("horizon", horizon, 1)
         check_count("iterations", iterations, 0)
         check_count("chunk_size (in files rl_trainer_params.each_rollout_size)", chunk_size, 1)
-        _check_sampler(sampler)
+        check_sampler(sampler)
         if not isinstance(fast, FastMode | None):
             raise DydiffError(f"fast must be None or a dydiff.FastMode, for its defaults FastMode(), not {describe(fast)}.")
         if not isinstance(spaces, Spaces):
             raise DydiffError(f"spaces must be Spaces, as in load_problem(...).spaces, not {describe(spaces)}.")
-        fitting = [_fitting_denoiser(model, spaces, horizon) for model in denoisers]
+        fitting = [fitting_denoiser(model, spaces, horizon) for model in denoisers]
         if not isinstance(getattr(dynamics, "predictor", None), Callable):
             raise DydiffError(f"dynamics must be what load_dynamics gives, or a DynamicsEnsemble, not {describe(dynamics)}.")
         self.denoisers = [prepare_denoiser(denoiser, backend, chunk_size) for denoiser in fitting]
@@ -141,13 +132,13 @@ class RolloutEngine:
             raise DydiffError(f"policy must be a function of observations, an agent or a loaded policy, not {describe(policy)}.")
         remedy = "It holds observations in policy space: spaces.observation_raw_to_policy makes them of a tensor of raw ones."
         if policy is not self._fitting_policy:  # looking at numbers waits for the device
-            _check_policys_spaces(policy, self.spaces)
+            check_policys_spaces(policy, self.spaces)
             self._fitting_policy = policy
         start = as_rows("start", start, None, self.spaces.observation_dim, self.spaces.device, remedy)
         if not isinstance(generator, torch.Generator) or generator.device.type != start.device.type:
             given = f"one on {generator.device}" if isinstance(generator, torch.Generator) else describe(generator)
             raise DydiffError(f"generator must be a torch.Generator on {start.device}, not {given}.")
-        _check_finite("start holds", start, "Take observations that are finite.")
+        check_finite("start holds", start, "Take observations that are finite.")
 
         def roll_out_chunk(part: Tensor) -> tuple[Tensor, ...]:
             return self._chunk_function(policy, generator, draw, iterations)(part)
@@ -161,7 +152,7 @@ class RolloutEngine:
         trajectory = Trajectory(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
         for name, values in trajectory._asdict().items():
             remedy = "The start was finite: look at the policy's weights and at the logs of the models that roll it out."
-            _check_finite(f"A rollout holds in its {name}", values, remedy)
+            check_finite(f"A rollout holds in its {name}", values, remedy)
         return trajectory
 
     def _halve(self, size: int) -> None:
@@ -185,9 +176,7 @@ class RolloutEngine:
             if len(self._captured) == KEPT_GRAPHS:  # each holds its outputs and its launches
                 del self._captured[next(iter(self._captured))]
             self._pool = self._pool or make_pool()
-            self._captured[owner] = GraphedFunction(
-                function, generator.device, generator, pool=self._pool, remedy=POLICY_REMEDY
-            )
+            self._captured[owner] = GraphedFunction(function, generator.device, generator, pool=self._pool, remedy=POLICY_REMEDY)
         return self._captured[owner]
 
     def _noise(self, generator: torch.Generator, device: torch.device) -> Draw:
@@ -259,75 +248,6 @@ class RolloutEngine:
             if len(own):
                 sampled[own] = sample(denoiser, own % len(first))
         return sampled[: len(first)]
-
-
-def _check_finite(what: str, values: Tensor, remedy: str) -> None:
-    """Raise NotFinite unless `values` [B, ...] are finite; it names the first row, and the step of [B, H, ...]. Waits for them."""
-    finite = values.isfinite()
-    if not finite.all():
-        row, *step, _ = finite.logical_not().nonzero()[0].tolist()
-        place = "".join([f"row {row}", *(f", step {each}" for each in step)])
-        raise NotFinite(f"{what} a NaN or an infinity, first in {place}. {remedy}")
-
-
-def _check_sampler(sampler: Mapping[str, float] | None) -> None:
-    if not isinstance(sampler, Mapping | None):
-        raise DydiffError(f"sampler must be a dictionary of sample_edm's settings, not {describe(sampler)}.")
-    for name in sampler or {}:
-        if name not in SAMPLER_SETTINGS:
-            nearest = difflib.get_close_matches(str(name).lower(), SAMPLER_SETTINGS, n=1)
-            hint = f"did you mean '{nearest[0]}'?" if nearest else f"choose one of {', '.join(SAMPLER_SETTINGS)}."
-            raise DydiffError(f"sampler has no setting {name!r}: {hint}")
-    check_count("sampler's num_steps", (sampler or {}).get("num_steps", DEFAULTS["num_steps"]), 2)
-
-
-def _fitting_denoiser(model: Denoiser | TrainedModel, spaces: Spaces, horizon: int) -> Denoiser:
-    """The denoiser of a diffusion model, if it is one for rollouts in these spaces over this horizon, as far as it can know.
-
-    One that was loaded tells by its `manifest` what it was trained with; of others, a U-Net knows its horizon.
-    """
-    denoiser = getattr(model, "denoiser", model)
-    if not isinstance(denoiser, Denoiser):
-        raise DydiffError(f"denoisers must hold what load_diffusion_model gives, or Denoisers, not {describe(model)}.")
-    manifest = getattr(denoiser, "manifest", {})
-    for option in ("include_action", "use_cond", "cond_on_action"):
-        if not manifest.get(option, True):
-            raise DydiffError(
-                f"The diffusion model was trained with --{option}=False, but rollouts show it a start and the policy's "
-                f"actions, of which it would make nothing. Train one with --{option}=True."
-            )
-    own = manifest.get("network", {}).get("horizon") or getattr(denoiser.network, "horizon", horizon)
-    for name, theirs, given in (
-        ("horizon", own, horizon),
-        ("spaces.observation_dim", denoiser.observation_dim, spaces.observation_dim),
-        ("spaces.device", next(denoiser.parameters()).device, spaces.device),
-    ):
-        if theirs != given:
-            raise DydiffError(f"{name} is {given}, but the diffusion model was made for {theirs}: let both be the same.")
-    limits = getattr(model, "limits", None)
-    if limits is not None and not _agree(limits, spaces.observation_limits, spaces.action_limits, names=("minimum", "maximum")):
-        raise DydiffError("spaces has other limits than the diffusion model: take those of the dataset that it was trained on.")
-    return denoiser
-
-
-def _check_policys_spaces(policy: Policy | Actor, spaces: Spaces) -> None:
-    """A loaded policy knows its spaces; in others it would take an observation for another one."""
-    own = getattr(policy, "spaces", None)
-    if isinstance(own, Spaces) and not (
-        own.observation_dim == spaces.observation_dim
-        and _agree(own.z_score, spaces.z_score, names=("mean", "std"))
-        and _agree(own, spaces, names=("action_center", "action_half_range"))
-    ):
-        raise DydiffError(
-            "The policy was trained in other spaces than the engine's: what it takes for an observation would be another one. Load "
-            "a policy that was trained on the engine's dataset, or wrap it in a function that converts through raw space."
-        )
-
-
-def _agree(one: Any, *parts: Any, names: Sequence[str]) -> bool:
-    """Whether the named tensors of one are those of the others, side by side; statistics may differ in their last bits."""
-    pairs = ((getattr(one, name), torch.cat([getattr(part, name) for part in parts])) for name in names)
-    return all(a.shape == b.shape and torch.allclose(a.cpu(), b.cpu(), rtol=1e-3, atol=1e-6) for a, b in pairs)
 
 
 @torch.no_grad()

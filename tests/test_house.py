@@ -102,6 +102,7 @@ MAY_IMPORT = {
 STOREYS = [
     "dydiff.backends",
     "dydiff.backend_choice",
+    "dydiff.rollout_checks",
     "dydiff.rollout",
     "dydiff.models",
     "dydiff.importing",
