@@ -37,7 +37,7 @@ from dydiff.models import in_raw_space
 from dydiff.policy_stage import build_policies, find_models
 from dydiff.problem import Problem, load_problem
 from dydiff.progress import Progress
-from dydiff.rollout import Policy, Trajectory
+from dydiff.rollout import Actor, Trajectory
 from dydiff.runs import read_log, read_settings
 from dydiff.simulate import roll_out_simulator, state_from_observation
 from dydiff.tables import format_table, plus_minus
@@ -52,11 +52,11 @@ class Simulator:
         self.horizon = horizon
         self._rewards: dict[bytes, float] = {}
 
-    def roll_out(self, policy: Policy, start: Tensor, generator: torch.Generator) -> Trajectory:
+    def roll_out(self, policy: Actor, start: Tensor, generator: torch.Generator) -> Trajectory:
         """As `RolloutEngine.roll_out`: start [B, O] -> H rows each, in policy space."""
         spaces, spec = self.problem.spaces, self.problem.spec
         states = state_from_observation(spec, spaces.observation_policy_to_raw(start).numpy())
-        truth = roll_out_simulator(spec, *states, self.horizon, in_raw_space(policy, spaces))
+        truth = roll_out_simulator(spec, *states, self.horizon, in_raw_space(partial(policy.act, generator=generator), spaces))
         observation = spaces.observation_raw_to_policy(torch.as_tensor(truth.observation))
         rows = observation.flatten(0, 1).numpy()
         self._rewards = {row.tobytes(): float(reward) for row, reward in zip(rows, truth.reward.flat, strict=True)}

@@ -167,7 +167,7 @@ class RolloutEngine:
         self, policy: Policy | Actor, generator: torch.Generator, draw: Draw | None, iterations: int
     ) -> Callable[[Tensor], tuple[Tensor, ...]]:
         """`_roll_out_chunk` of start [B, O] alone; on a GPU as the CUDA graphs that belong to these arguments."""
-        act = partial(policy.act, generator=generator) if hasattr(policy, "act") else policy
+        act = partial(policy.act, generator=generator) if hasattr(policy, "act") else partial(_call_on_copy, policy)
         function = partial(self._roll_out_chunk, act, generator, draw, iterations)
         if not self.capture or draw is not None or not captures(generator.device):
             return function
@@ -216,13 +216,13 @@ class RolloutEngine:
     def _start_autoregressively(self, policy: Policy, first: Tensor, generator: torch.Generator) -> Trajectory:
         """The single-step rollout, o[h+1] = f(o[h], policy(o[h])): first [B, O] -> H rows, all in model space."""
         seen = self.spaces.observation_model_to_policy(first)
-        observations, actions = [first], [self._act(policy, seen.clone())]  # a policy may change what it is given
+        observations, actions = [first], [self._act(policy, seen)]
         predict = self.dynamics.predictor()
         for _ in range(self.horizon - 1):
             following = predict(seen, self.spaces.action_model_to_policy(actions[-1]), generator)
             observations.append(self.spaces.observation_policy_to_model(following))
             seen = self.spaces.observation_model_to_policy(observations[-1])
-            actions.append(self._act(policy, seen.clone()))
+            actions.append(self._act(policy, seen))
         return Trajectory(torch.stack(observations, dim=1), torch.stack(actions, dim=1))
 
     def _sample(self, first: Tensor, action: Tensor, generator: torch.Generator, draw: Draw, guess: Tensor | None) -> Tensor:
@@ -248,6 +248,11 @@ class RolloutEngine:
             if len(own):
                 sampled[own] = sample(denoiser, own % len(first))
         return sampled[: len(first)]
+
+
+def _call_on_copy(policy: Policy, observation: Tensor) -> Tensor:
+    """What anybody's function does to its argument is nothing to the rollout."""
+    return policy(observation.clone())
 
 
 @torch.no_grad()

@@ -190,14 +190,10 @@ class PolicyTrainer:
         self._epochs = self._epochs[len(complete) :]
         return [(epoch.number, epoch.record) for epoch in complete]
 
-    def _act(self, observation: Tensor) -> Tensor:
-        """The policy as rollouts see it: the same object in every epoch, for graphs belong to it."""
-        return self.agent.act(observation, self.generator)
-
     def _roll_out(self, rollouts: Rollouts) -> dict[str, float]:
         self.on_rollout(f"rolling out {rollouts.num_starts:,} starts")
         start = self.real.sample(rollouts.num_starts, self.generator).observation
-        trajectory = rollouts.engine.roll_out(self._act, start, self.generator)
+        trajectory = rollouts.engine.roll_out(self.agent, start, self.generator)
         trajectory = Trajectory(*(field[:, : rollouts.length] for field in trajectory))
         scores, keep, finite = self._judge(*trajectory)
         if not finite:

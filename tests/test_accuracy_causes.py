@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -118,7 +119,8 @@ def test_simulator_in_the_place_of_the_engine(hopper):
     def policy(observation: torch.Tensor) -> torch.Tensor:
         return torch.tanh(observation[:, :3])
 
-    observation, action = simulator.roll_out(policy, start, torch.Generator())
+    actor = SimpleNamespace(act=lambda observation, generator: policy(observation))
+    observation, action = simulator.roll_out(actor, start, torch.Generator())
     torch.testing.assert_close(observation[:, 0], start, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(action, policy(observation.flatten(0, 1)).view_as(action), rtol=1e-5, atol=1e-5)
     # Hopper earns its forward speed, one for living, and pays for effort: never more than the speed and one.
