@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from harness import (
     Case,
+    Failures,
     Patience,
     Session,
     Variant,
@@ -186,18 +187,19 @@ class OurEpochs:
         return torch.ones(1)
 
 
-def make_epoch_case(variants: Sequence[str], work: Workload, steps: int) -> tuple[Case, dict[str, Any]]:
-    """The case and, by variant, what computes it."""
+def make_epoch_case(variants: Sequence[str], work: Workload, steps: int, failures: Failures) -> tuple[Case, dict[str, Any]]:
+    """The case and, by variant that can be made, what computes it."""
     builders = {
         "published": lambda: PublishedEpochs(work, steps),
         "ours": lambda: OurEpochs(work, steps, beside=False),
         "beside": lambda: OurEpochs(work, steps, beside=True),
     }
-    runners = {name: builders[name]() for name in variants}
-    made = []
-    for name, runner in runners.items():
-        run = torch.enable_grad()(runner.run)
-        made.append(Variant(name, runner.dtype, run, run, EPOCHS, 0.0))
+    runners, made = {}, []
+    for name in variants:
+        with failures.attempt(f"{name} in epoch"):
+            runners[name] = builders[name]()
+            run = torch.enable_grad()(runners[name].run)
+            made.append(Variant(name, runners[name].dtype, run, run, EPOCHS, 0.0))
     note = f"{EPOCHS} epochs a call: {UPDATES} updates and {steps} environment steps each"
     return Case("epoch", work.shape.batch, work.shape.horizon, made, note), runners
 
@@ -221,7 +223,7 @@ def run_case(name: str, session: Session) -> None:
     else:
         shape = Shape(options.starts, options.horizon, options.dim, tuple(options.dim_mults))
         work = Workload(shape, options.device, num_steps=options.num_steps)
-        case, runners = make_epoch_case(options.variants, work, options.evaluation_steps)
+        case, runners = make_epoch_case(options.variants, work, options.evaluation_steps, session.failures)
     patience = Patience(options.seconds, least=1 if options.quick else 3, warm_up=True, reuse=options.quick)
     measurements = session.race(case, patience)
     right = [each.variant.name for each in measurements if each.variant.name in runners]

@@ -201,7 +201,8 @@ def run_shape(shape: Shape, session: Session) -> None:
             del runners[failed]
         if name == "evaluation":
             if not options.variants or "fast" in options.variants:
-                runners["fast"] = build_runner(f"fast:{fastest_backend(measurements)}", work, FastMode())
+                with session.failures.attempt("fast"):
+                    runners["fast"] = build_runner(f"fast:{fastest_backend(measurements)}", work, FastMode())
             for label, runner in () if options.no_memory else runners.items():
                 with session.failures.attempt(f"memory of {label}"):
                     peaks[label] = measure_peak(label, runner, device)

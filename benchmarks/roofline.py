@@ -201,6 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--horizon", type=int, default=100)
     options = parser.parse_args(arguments)
+    insist_on_known(parser, options.variants or (), list(DTYPES))
     device = find_device(options.device)
     batch, horizon = options.batch, options.horizon
     torch.manual_seed(0)
@@ -208,14 +209,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine = describe_machine(device)
     on_cpu = ["bf16" if has_fast_bf16(torch.device(device)) else "winograd"]
     default = ["reference", *(on_cpu if device == "cpu" else ON_GPU)]
-    insist_on_known(parser, options.variants or (), list(DTYPES))
     lines, rates, failures = [], {}, Failures()
     bandwidth = measure_bandwidth(device)
     seconds = options.seconds or (2 if options.quick else 10)
     for variant in options.variants or default:
         with failures.attempt(variant):
             dtype = DTYPES[variant]
-            rates.setdefault(dtype, measure_matrix_rate(dtype, device))
+            if dtype not in rates:
+                rates[dtype] = measure_matrix_rate(dtype, device)
             blocks = measure_blocks(variant, unet, batch, horizon, device, seconds)
             about = {"case": "roofline", "variant": variant, "dtype": dtype, "batch": batch, "horizon": horizon}
             mine = [about | block.record(place) for place, block in enumerate(blocks)]

@@ -200,12 +200,14 @@ def make_insert_case(variants: Sequence[str], device: str) -> Case:
     return Case("replay_insert", TRANSITIONS, 1, made, "1,228 x 99 transitions")
 
 
-def make_seeds_case(variants: Sequence[str], device: str) -> Case:
+def make_seeds_case(variants: Sequence[str], device: str, failures: Failures) -> Case:
     """TD3+BC of four seeds, each for itself or all together; the means of a loss are compared."""
     made = []
     for mode in [name for name in variants if name not in ("published", "stock")]:
-        alone, together = ([Runner("td3bc", mode, device).runs for _ in range(SEEDS)] for _ in range(2))
-        parts = {"alone": alone, "together": [Updates.together(together)]}
+        parts = {}
+        with failures.attempt(f"{mode} in four_seeds"):
+            alone, together = ([Runner("td3bc", mode, device).runs for _ in range(SEEDS)] for _ in range(2))
+            parts = {"alone": alone, "together": [Updates.together(together)]}
 
         def run(group: Sequence[Updates]) -> Tensor:
             figures = [each for updates in group for each in updates.run_all(UPDATES_A_CALL["td3bc"])]
@@ -231,7 +233,7 @@ def run_case(name: str, variants: Sequence[str], session: Session) -> None:
     if name == "replay_insert":
         case = make_insert_case(variants, session.options.device)
     elif name == "four_seeds":
-        case = make_seeds_case(variants, session.options.device)
+        case = make_seeds_case(variants, session.options.device, session.failures)
     else:
         case, errors = make_update_case(name, variants, session.options.device, session.failures)
     measurements = session.race(case, Patience(session.options.seconds, least=3, warm_up=True))

@@ -167,7 +167,8 @@ def work(connection: Connection) -> None:
             answer = {"error": str(error)}
         except Exception as error:
             where = f" with seed {seed}" if evaluator else ", in a process of its own,"
-            answer = {"error": f"Evaluating {environment}{where} failed: {type(error).__name__}: {error}. {REMEDY}"}
+            what = f"{type(error).__name__}: {str(error).rstrip('.')}"
+            answer = {"error": f"Evaluating {environment}{where} failed: {what}. {REMEDY}"}
         try:
             connection.send_bytes(encode(answer))
         except OSError:  # nobody waits for it any more

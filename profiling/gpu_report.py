@@ -180,7 +180,10 @@ def main() -> int:
     report: dict[str, object] = {"machine": describe_machine(), "parts": {}}
     failed = []
     with tempfile.TemporaryDirectory() as numbers:
-        for part in list_parts(out, Path(numbers), options.cases.resolve(), options.wheels and options.wheels.resolve()):
+        parts = list_parts(out, Path(numbers), options.cases.resolve(), options.wheels and options.wheels.resolve())
+        if unknown := set(options.only or ()) - {part.name for part in parts}:
+            parser.error(f"no part {', '.join(sorted(unknown))} here; there are {', '.join(part.name for part in parts)}")
+        for part in parts:
             if options.only and part.name not in options.only:
                 continue
             left = end - time.perf_counter()

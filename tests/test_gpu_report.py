@@ -72,6 +72,12 @@ def test_time_for_everything(report):
     assert status == 0 and list(written["parts"]) == ["late"]
 
 
+def test_a_part_that_is_not_there_is_refused(report, capsys):
+    with pytest.raises(SystemExit):
+        report([python("race", "pass", 9)], "--only", "rcae")
+    assert "no part rcae here; there are race" in capsys.readouterr().err
+
+
 def test_parts_are_commands_that_exist(tmp_path):
     parts = gpu_report.list_parts(tmp_path, tmp_path, tmp_path, None)
     names = [part.name for part in parts]

@@ -17,6 +17,9 @@ from harness import Failures  # noqa: E402
 
 PROMISED = "case variant device dtype batch horizon evaluations median_s speedup tflops peak_bytes commit".split()
 
+EPOCH = """--quick --seconds=0.01 --device=cpu --starts=3 --horizon=8 --dim=16 --dim-mults=1,2 --num-steps=3
+--evaluation-steps=60""".split()
+
 
 @pytest.fixture(autouse=True)
 def few_transitions(monkeypatch):
@@ -44,6 +47,19 @@ def test_a_wrong_baseline_is_left_out(monkeypatch):
     assert failures.told[0].startswith("published in td3bc: Variant 'published' (float32) is wrong")
 
 
+def test_an_epoch_that_cannot_be_made_or_fails_costs_only_itself(tmp_path, monkeypatch, capsys):
+    def fail(self, *arguments, **settings):
+        raise RuntimeError("no such device")
+
+    for method in ("__init__", "run"):
+        with monkeypatch.context() as patch:
+            patch.setattr(epoch_speed.OurEpochs, method, fail)
+            options = "--variants=published,ours", "--cases=epoch", f"--json={tmp_path / method}"
+            assert epoch_speed.main([*EPOCH, *options]) == 1
+        assert [line["variant"] for line in read_lines(tmp_path / method)] == ["published"]
+        assert "RuntimeError: no such device" in capsys.readouterr().err
+
+
 def read_lines(file: Path) -> list[dict]:
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert all(set(PROMISED) <= line.keys() for line in lines)
@@ -68,9 +84,8 @@ def test_records_of_updates(tmp_path, capsys):
 
 
 def test_records_of_epochs_hold_the_breakdown(tmp_path):
-    options = "--quick --seconds=0.01 --device=cpu --starts=3 --horizon=8 --dim=16 --dim-mults=1,2 --num-steps=3".split()
-    files = f"--evaluation-steps=60 --json={tmp_path}/json --plot={tmp_path}/plot.png".split()
-    assert epoch_speed.main([*options, *files, "--variants=published,ours,beside"]) == 0
+    files = f"--json={tmp_path}/json --plot={tmp_path}/plot.png".split()
+    assert epoch_speed.main([*EPOCH, *files, "--variants=published,ours,beside"]) == 0
     lines = read_lines(tmp_path / "json")
     assert [line["variant"] for line in lines] == ["published", "ours", "published", "ours", "beside"]
     for line in lines[2:]:
