@@ -24,6 +24,7 @@ from dydiff.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from dydiff.data import Dataset
 from dydiff.errors import DydiffError
 from dydiff.events import EventFile
+from dydiff.tracking import Tracking, is_asked_for
 
 STATE = "state.safetensors"
 LOG = "log.jsonl"
@@ -81,6 +82,7 @@ class Run:
         self.settings = settings
         self._begun = False
         self._events: EventFile | None = None  # once there is something to log
+        self._tracking: Tracking | None = None
 
     def _check_same(self, kind: str) -> None:
         """A resumed run must be of the interrupted run's kind and on its data; whoever picks the folder compares settings."""
@@ -127,6 +129,8 @@ class Run:
                 f"Cannot write the log '{self.folder / LOG}': {error.strerror or error}. Free space and continue with --resume; "
                 f"the last saved state, {STATE}, is untouched."
             ) from error
+        if self._tracking is not None:
+            self._tracking.log(epoch, record)
 
     def restore(self, stage: Stage) -> int:
         """Load the saved state where there is one, then begin; returns the epochs done."""
@@ -159,6 +163,8 @@ class Run:
 
         Returns the epochs done.
         """
+        if is_asked_for():
+            self._tracking = Tracking(self.folder, self.settings, self.settings.get("experiment"))
         for leftover in self.folder.glob(".*.part"):  # what a killed process was writing; the lock says that nobody is now
             leftover.unlink()
         # First the status: with the settings of more epochs, what is still marked as finished would be taken for done.
@@ -188,6 +194,8 @@ class Run:
         finally:
             if self._events is not None:
                 self._events.close()
+            if self._tracking is not None:
+                self._tracking.close(status)
             self._lock.close()
 
 

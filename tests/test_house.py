@@ -63,6 +63,7 @@ MAY_IMPORT = {
     "dydiff.yaml_files": FOUNDATION,
     "dydiff.progress": [],
     "dydiff.events": [],
+    "dydiff.tracking": [*FOUNDATION, "dydiff.checkpoint"],
     "dydiff.finite": [],
     "dydiff.memory": [*FOUNDATION, "dydiff.progress"],
     "dydiff.ranges": [],
