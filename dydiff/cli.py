@@ -66,7 +66,8 @@ def run_experiment(options: argparse.Namespace) -> None:
     """Run every variant of an experiment file."""
     from dydiff.workers import run_all
 
-    run_all(options.experiment, options.set, options.dataset, options.device, Path(options.outdir), options.resume)
+    where = options.device, Path(options.outdir)
+    run_all(options.experiment, options.set, options.dataset, *where, options.resume, options.shard)
 
 
 def run_worker(options: argparse.Namespace) -> None:

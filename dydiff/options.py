@@ -105,6 +105,14 @@ def seed(text: str) -> int:
     return value
 
 
+def shard(text: str) -> tuple[int, int]:
+    """Which of how many parts, counted from 1, as in 2/8."""
+    part, slash, parts = text.partition("/")
+    if not (slash and part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a part of a whole, from 1/N to N/N, such as 2/8")
+    return int(part), int(parts)
+
+
 def user_path(text: str) -> str:
     """A path whose `~` is the home folder: in --outdir=~/runs the shell leaves it as it is."""
     return os.path.expanduser(text)
@@ -207,6 +215,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="continue what is unfinished, and policies that now have more epochs; skip the rest"
     )
+    part = "run only this part of the runs, 1/N to N/N: for N jobs of a cluster, each with the same command otherwise"
+    parser.add_argument("--shard", type=shard, default=(1, 1), metavar="I/N", help=part)
 
 
 def add_worker_options(parser: argparse.ArgumentParser) -> None:

@@ -47,8 +47,16 @@ class Job:
         return self.folder, *self.siblings
 
 
-def run_all(file: str, overrides: Sequence[str], dataset: str | None, device: str | None, root: Path, resume: bool) -> None:
-    """Run every variant of an experiment file under `root`.
+def run_all(
+    file: str,
+    overrides: Sequence[str],
+    dataset: str | None,
+    device: str | None,
+    root: Path,
+    resume: bool,
+    shard: tuple[int, int] = (1, 1),
+) -> None:
+    """Run every variant of an experiment file under `root`, or of so many shards of them only one, counted from 1.
 
     Raises:
         DydiffError: the file is wrong, a variant failed (all others are run; the message names the logs), or no such GPU.
@@ -56,7 +64,11 @@ def run_all(file: str, overrides: Sequence[str], dataset: str | None, device: st
     experiment = load_experiment(file, list(overrides), dataset)
     named = [device] if device else [f"cuda:{index}" for index in experiment.meta.gpu]
     devices = [find_device(name) for name in named or ["auto"]]
-    jobs = _list_jobs(experiment, _worker_command(file, overrides, dataset, root), root, resume)
+    groups, (part, parts) = experiment.groups, shard
+    own = groups[part - 1 :: parts]
+    if parts > 1:
+        print(f"Shard {part} of {parts}: {len(own)} of {len(groups)} runs.")
+    jobs = _list_jobs(experiment, own, _worker_command(file, overrides, dataset, root), root, resume)
     pending = skip_finished(jobs)
     if len(pending) == 1:
         (job,) = pending
@@ -77,7 +89,7 @@ def list_jobs(file: Path, overrides: Sequence[str], root: Path) -> list[Job]:
         DydiffError: the file or an override is wrong.
     """
     experiment = load_experiment(file, list(overrides))
-    return _list_jobs(experiment, _worker_command(str(file), overrides, None, root), root, resume=True)
+    return _list_jobs(experiment, experiment.groups, _worker_command(str(file), overrides, None, root), root, resume=True)
 
 
 def _worker_command(file: str, overrides: Sequence[str], dataset: str | None, root: Path) -> list[str]:
@@ -85,10 +97,12 @@ def _worker_command(file: str, overrides: Sequence[str], dataset: str | None, ro
     return ["worker", "-e", file, "--outdir", str(root), *changes, *(["--dataset", dataset] if dataset else [])]
 
 
-def _list_jobs(experiment: Experiment, command: list[str], root: Path, resume: bool) -> list[Job]:
+def _list_jobs(
+    experiment: Experiment, groups: Sequence[Sequence[int]], command: list[str], root: Path, resume: bool
+) -> list[Job]:
     jobs, name = [], experiment.meta.exp_name
     runs = list_settings(root) if resume else []
-    for group in experiment.groups:
+    for group in groups:
         folders, continues = {}, False
         for index in group:
             settings = describe(name, experiment.variants[index])

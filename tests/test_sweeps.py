@@ -56,6 +56,25 @@ def test_sweep_with_a_failing_variant(run_stage, dataset, tmp_path, processes):
     assert not list(tmp_path.glob("**/*.part"))
 
 
+def test_shards_are_the_sweep_in_parts(run_stage, dataset, tmp_path):
+    """As jobs of a cluster that share a folder: seeds that train together stay together, and every run is in one shard."""
+    variables, both = {"td3_bc_params.alpha": [1.0, 2.0, 3.0]}, ["--device=cpu", "--set=rl_trainer_params.real_ratio=1"]
+    both += ["--set=seeds=[0, 1]", "--set=rl_trainer_params.num_epochs=1", "--set=meta_data.num_workers=2"]
+    first = run_stage("td3_bc", dataset, *both, "--shard=2/2", variables=variables)
+    assert first.status == 0 and "Shard 2 of 2: 1 of 3 runs" in first.output, first.errors
+    names = {folder.name.partition("-")[2] for folder in (tmp_path / "runs").iterdir()}
+    assert names == {"td3_bc-alpha=2.0-s0", "td3_bc-alpha=2.0-s1"}
+    assert run_stage("td3_bc", dataset, *both, "--shard=1/2", variables=variables).status == 0
+    assert len(list((tmp_path / "runs").iterdir())) == 6
+    # More shards than runs: those that are left have nothing to do. And resumed, a shard looks at its own runs only.
+    assert run_stage("td3_bc", dataset, *both, "--shard=4/4", variables=variables).status == 0
+    again = run_stage("td3_bc", dataset, *both, "--shard=1/3", "--resume", variables=variables)
+    assert again.status == 0 and again.output.count("Already finished") == 2
+    assert len(list((tmp_path / "runs").iterdir())) == 6
+    for wrong in ("0/2", "3/2", "2", "a/b"):
+        assert f"'{wrong}' is not a part of a whole" in run_stage("td3_bc", dataset, f"--shard={wrong}").errors
+
+
 def test_workers_find_the_package_whatever_lies_in_the_working_folder(run_stage, dataset, tmp_path, monkeypatch):
     """A clone of the repository has the package's name, and must not be taken for it from the folder around it."""
     (tmp_path / "dydiff").mkdir()
