@@ -30,14 +30,14 @@ from machine import describe_machine
 from torch import Tensor
 
 from dydiff.checkpoint import write_atomically
-from dydiff.comparison import draw_cases
 from dydiff.device import find_device
 from dydiff.diffusion.sampler import sample_edm
+from dydiff.environments.simulate import roll_out_simulator, state_from_observation
 from dydiff.errors import DydiffError
-from dydiff.policy_runs import Subject, load_subject
-from dydiff.simulate import roll_out_simulator, state_from_observation
-from dydiff.tables import format_table, plus_minus
-from dydiff.uncertainty import mean_with_error
+from dydiff.reports.comparison import draw_cases
+from dydiff.reports.policy_runs import Subject, load_subject
+from dydiff.reports.tables import format_table, plus_minus
+from dydiff.reports.uncertainty import mean_with_error
 
 NOISES = (0.1, 0.3)
 

@@ -48,6 +48,7 @@ from workload import NUM_STEPS, Ours, Published, Shape, Workload
 
 from dydiff.agents import AGENTS
 from dydiff.environments import EnvironmentSpec, environment_spec
+from dydiff.environments.terminal import terminal_function
 from dydiff.evaluate import Evaluator, episode_seed
 from dydiff.evaluation_worker import EvaluationWorker, PolicyEvaluator, describe_evaluation
 from dydiff.filters import keep_mask
@@ -56,7 +57,6 @@ from dydiff.networks.policy import TanhGaussianPolicy
 from dydiff.replay import ReplayBuffer
 from dydiff.reward import RewardModel
 from dydiff.rollout import Trajectory, make_synthetic_transitions, score
-from dydiff.terminal import terminal_function
 from dydiff.trainer import Evaluation, PolicyTrainer, Rollouts, Saving
 
 CASES = ("evaluation", "epoch")

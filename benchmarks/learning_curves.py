@@ -34,13 +34,13 @@ from dydiff.device import find_device
 from dydiff.errors import DydiffError
 from dydiff.evaluate import Evaluator, episode_seed
 from dydiff.evaluation_worker import PolicyEvaluator, describe_evaluation
+from dydiff.experiments.seeds import SeedTrainers
 from dydiff.models import in_raw_space
 from dydiff.problem import Problem, load_problem
 from dydiff.replay import ReplayBuffer
-from dydiff.seeds import SeedTrainers
-from dydiff.tables import format_table, plus_minus
+from dydiff.reports.tables import format_table, plus_minus
+from dydiff.reports.uncertainty import bootstrap_difference, standard_error
 from dydiff.trainer import Evaluation, PolicyTrainer, Saving
-from dydiff.uncertainty import bootstrap_difference, standard_error
 
 BATCH, LONGEST = 256, 1000
 

@@ -36,12 +36,12 @@ from returns_report import write_report
 from dydiff.data import load_dataset
 from dydiff.device import find_device
 from dydiff.errors import DydiffError
-from dydiff.experiment import ALGORITHMS
+from dydiff.experiments.experiment import ALGORITHMS
+from dydiff.experiments.workers import Job, list_jobs, run_jobs, skip_finished
 from dydiff.models import DIFFUSION, DYNAMICS, REWARD
 from dydiff.options import add_train_options, make_parser, training_settings
-from dydiff.run_models import find_model
 from dydiff.runs import find_run_of, list_settings, new_folder
-from dydiff.workers import Job, list_jobs, run_jobs, skip_finished
+from dydiff.runs.model_files import find_model
 
 SECTIONS = {algorithm: section for section, algorithm in ALGORITHMS.items()}
 METHODS: dict[str, dict[str, Any]] = {

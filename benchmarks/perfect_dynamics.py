@@ -31,17 +31,17 @@ from dydiff.agents.td3_bc import TD3BC, TD3BCNoise
 from dydiff.checkpoint import write_atomically
 from dydiff.config import Constants, from_mapping
 from dydiff.data import Transitions
+from dydiff.environments.simulate import roll_out_simulator, state_from_observation
 from dydiff.errors import DydiffError
-from dydiff.experiment import Variant, override
+from dydiff.experiments.experiment import Variant, override
+from dydiff.experiments.policy_stage import build_policies, find_models
 from dydiff.models import in_raw_space
-from dydiff.policy_stage import build_policies, find_models
 from dydiff.problem import Problem, load_problem
 from dydiff.progress import Progress
+from dydiff.reports.tables import format_table, plus_minus
+from dydiff.reports.uncertainty import mean_with_error
 from dydiff.rollout import Actor, Trajectory
 from dydiff.runs import read_log, read_settings
-from dydiff.simulate import roll_out_simulator, state_from_observation
-from dydiff.tables import format_table, plus_minus
-from dydiff.uncertainty import mean_with_error
 
 
 class Simulator:

@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 from machine import describe_machine
 
-from dydiff import plots
 from dydiff.checkpoint import write_atomically
 from dydiff.data import d4rl, load_dataset
 from dydiff.environments import environment_name, environment_spec
 from dydiff.errors import DydiffError
 from dydiff.models import DIFFUSION, DYNAMICS, POLICY, load_dynamics
-from dydiff.policy_runs import ALGORITHM_NAMES, behaviour_return, describe_models, find_policy_runs, group_runs
-from dydiff.run_models import recorded_models
+from dydiff.reports import plots
+from dydiff.reports.policy_runs import ALGORITHM_NAMES, behaviour_return, describe_models, find_policy_runs, group_runs
+from dydiff.reports.tables import format_markdown, plus_minus
+from dydiff.reports.uncertainty import bootstrap_difference
 from dydiff.runs import list_runs, read_run, read_settings
-from dydiff.tables import format_markdown, plus_minus
-from dydiff.uncertainty import bootstrap_difference
+from dydiff.runs.model_files import recorded_models
 
 LEGEND = (
     "Return of an episode: mean ± standard error over the seeds, in brackets the 95 % bootstrap interval of that mean (with three "

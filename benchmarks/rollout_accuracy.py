@@ -53,9 +53,13 @@ from harness import documented_parser, parse_integers
 from machine import describe_machine
 from probe_policies import clone_behaviour, distance_from_data, perturb
 
-from dydiff import plots
 from dydiff.checkpoint import write_atomically
-from dydiff.comparison import (
+from dydiff.device import find_device
+from dydiff.diffusion.fast_sampler import FastMode
+from dydiff.errors import DydiffError
+from dydiff.models import DIFFUSION, load_diffusion_model, load_policy
+from dydiff.reports import plots
+from dydiff.reports.comparison import (
     SINGLE_STEP,
     Model,
     compare_models,
@@ -63,15 +67,11 @@ from dydiff.comparison import (
     engine_model,
     uninjected_model,
 )
-from dydiff.device import find_device
-from dydiff.diffusion.fast_sampler import FastMode
-from dydiff.errors import DydiffError
-from dydiff.models import DIFFUSION, load_diffusion_model, load_policy
-from dydiff.policy_runs import Subject, describe_models, load_subject
+from dydiff.reports.policy_runs import Subject, describe_models, load_subject
+from dydiff.reports.tables import format_table, plus_minus
+from dydiff.reports.uncertainty import mean_with_error
 from dydiff.rollout import Policy
-from dydiff.run_models import find_model
-from dydiff.tables import format_table, plus_minus
-from dydiff.uncertainty import mean_with_error
+from dydiff.runs.model_files import find_model
 
 UNINJECTED, RECORDED = "uninjected", "recorded"
 TITLES = {

@@ -11,7 +11,7 @@ Cases, on Hopper's dimensions (11 observations, 3 actions) and the full-size U-N
     sampler      one pass of the sampler: 67 evaluations (fast: 8)
     rollout      everything: the start and two passes, 134 evaluations (fast: 11), never fewer
 
-Variants: `published` and `stock` (baselines.py, stock.py), every backend of dydiff that works here (dydiff/backends.py), and
+Variants: `published` and `stock` (baselines.py, stock.py), every backend of dydiff that works here (dydiff/backends), and
 `fast`, the fastest of these in fast mode (dydiff/diffusion/fast_sampler.py), which samples other trajectories.
 
 Every variant is first checked against float32 without TF32 on the very inputs that are timed (`fast`: against fast mode in

@@ -156,7 +156,7 @@ def draw(lines: Sequence[dict[str, Any]], rates: dict[str, float], bandwidth: fl
     """The picture: a marker a block, as large as its share of the variant's time."""
     from matplotlib.figure import Figure
 
-    from dydiff.plots import COLOURS, MARKERS
+    from dydiff.reports.plots import COLOURS, MARKERS
 
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     ax = figure.subplots()

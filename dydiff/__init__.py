@@ -46,7 +46,7 @@ _HOMES = {
     "sample_edm": "dydiff.diffusion.sampler",
     "sample_fast": "dydiff.diffusion.fast_sampler",
     "score": "dydiff.rollout",
-    "terminal_function": "dydiff.terminal",
+    "terminal_function": "dydiff.environments.terminal",
 }
 
 __all__ = sorted(_HOMES)

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from dydiff.data_command import add_data_options, run_data
+from dydiff.data_tools.command import add_data_options, run_data
 from dydiff.errors import DydiffError
 from dydiff.options import (
     add_collect_options,
@@ -34,8 +34,8 @@ def run_train(options: argparse.Namespace) -> None:
     """Train a diffusion model."""
     work = training_settings(options)
     from dydiff.device import find_device
+    from dydiff.experiments.stages import train_diffusion
     from dydiff.runs import find_unfinished, new_folder, removed_if_empty
-    from dydiff.stages import train_diffusion
 
     device = find_device(options.device)
     if options.resume is not None:
@@ -64,7 +64,7 @@ def run_train(options: argparse.Namespace) -> None:
 
 def run_experiment(options: argparse.Namespace) -> None:
     """Run every variant of an experiment file."""
-    from dydiff.workers import run_all
+    from dydiff.experiments.workers import run_all
 
     where = options.device, Path(options.outdir)
     run_all(options.experiment, options.set, options.dataset, *where, options.resume, options.shard)
@@ -72,7 +72,7 @@ def run_experiment(options: argparse.Namespace) -> None:
 
 def run_worker(options: argparse.Namespace) -> None:
     """Run one variant in a given folder, or several seeds in theirs: what `run` starts for each of several variants."""
-    from dydiff.workers import run_job
+    from dydiff.experiments.workers import run_job
 
     run_job(
         *(options.experiment, options.set, options.dataset, options.device, Path(options.outdir)),
@@ -83,7 +83,7 @@ def run_worker(options: argparse.Namespace) -> None:
 
 def run_collect(options: argparse.Namespace) -> None:
     """Make a dataset with a local behaviour policy, in D4RL's schema."""
-    from dydiff.collect import collect
+    from dydiff.collecting.collect import collect
 
     path = collect(options.name, options.steps, options.seed, options.path, processes=options.processes, force=options.force)
     print(f"Dataset: {path}")
@@ -92,7 +92,7 @@ def run_collect(options: argparse.Namespace) -> None:
 def run_report(options: argparse.Namespace) -> None:
     """Compare trained models with the simulator and policies with each other; prints tables, draws PNGs."""
     from dydiff.device import find_device
-    from dydiff.report import report
+    from dydiff.reports.report import report
 
     report(Path(options.outdir), options.dataset, options.starts, options.seed, find_device(options.device))
 
@@ -100,7 +100,7 @@ def run_report(options: argparse.Namespace) -> None:
 def run_sampler_quality(options: argparse.Namespace) -> None:
     """Measure what fewer network evaluations cost in rollout error, over a grid of sampler settings on trained models."""
     from dydiff.device import find_device
-    from dydiff.sampler_quality import measure_quality
+    from dydiff.reports.sampler_quality import measure_quality
 
     grid = options.first, options.warm, options.warm_sigma
     device = find_device(options.device)
@@ -109,8 +109,8 @@ def run_sampler_quality(options: argparse.Namespace) -> None:
 
 def run_import(options: argparse.Namespace) -> None:
     """Turn a published checkpoint (a pickle) into one of dydiff's, without running anything that is in it."""
+    from dydiff.experiments.policy_stage import make_importer
     from dydiff.importing import read_file
-    from dydiff.policy_stage import make_importer
     from dydiff.problem import load_problem
 
     file = Path(options.file)
@@ -194,7 +194,7 @@ def guarded(run: Callable[[argparse.Namespace], None], options: argparse.Namespa
     """Run a command; a DydiffError becomes one paragraph on stderr and status 1."""
     try:
         if getattr(options, "end_with_parent", False):
-            from dydiff.workers import end_with_parent
+            from dydiff.experiments.workers import end_with_parent
 
             end_with_parent()
         run(options)

@@ -81,7 +81,7 @@ class SamplerKwargs:
     inpaint_churn: bool = False  # overwrite start and actions behind the churn too (published: its noise stays on them)
     num_steps: int = 34  # noise levels; 2 num_steps - 1 network evaluations
     iterative_times: int = 2  # policy injections after the autoregressive start
-    backend: str = "auto"  # what evaluates the network, one of those that dydiff/backends.py explains
+    backend: str = "auto"  # what evaluates the network, one of those that dydiff/backends explains
     fast: bool = False  # DPM-Solver++ in place of all S_* and num_steps: far fewer evaluations, other samples
     fast_first_evaluations: int = 8  # fast mode: network evaluations of the first policy injection
     fast_warm_sigma: float = 0.8  # fast mode: noise level put on the current guess, from which later injections start
@@ -172,7 +172,7 @@ class EnvSpecs:
     """Where the policy is evaluated."""
 
     env_name: str | None = None  # environment; None: the dataset's
-    backend: str | None = None  # simulator, see dydiff/environments.py; None: the one that the dataset was made with
+    backend: str | None = None  # simulator, see dydiff/environments/spec.py; None: the one that the dataset was made with
     env_num: int | None = None  # environments stepped in lockstep; None: as many episodes as an evaluation needs
     eval_env_seed: int | None = None  # seed of the evaluation episodes; None: the run's seed
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dydiff.environments import EnvironmentSpec
+from dydiff.environments.simulate import Act, SimulatorBatch
 from dydiff.errors import DydiffError
-from dydiff.simulate import Act, SimulatorBatch
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class Progress:
             self._bar.update(count)
 
     def watch(self, stage: Any, one_by_one: bool) -> Callable[[dict[str, float]], None]:
-        """A callback for `drive.drive`; `one_by_one` advances the bar by an epoch, otherwise the stage advances it itself."""
+        """A callback for `runs.drive`; `one_by_one` advances the bar by an epoch, otherwise the stage advances it itself."""
 
         def on_epoch(record: dict[str, float]) -> None:
             figures = {name.split("/")[-1]: f"{record[name]:.4g}" for name in SHOWN if name in record}

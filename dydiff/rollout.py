@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from dydiff.arguments import as_rows, check_count, describe
-from dydiff.backend_choice import prepare_denoiser
 from dydiff.backends import SamplingDenoiser
+from dydiff.backends.choice import prepare_denoiser
 from dydiff.capture import POLICY_REMEDY, GraphedFunction, captures, make_pool
 from dydiff.data import Spaces, Transitions
 from dydiff.diffusion.edm import Denoiser

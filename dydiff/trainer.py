@@ -92,7 +92,7 @@ class Epoch:
 
 
 class PolicyTrainer:
-    """Trains an agent on real transitions and, with `rollouts`, on synthetic ones beside them; a stage for `drive.drive`.
+    """Trains an agent on real transitions and, with `rollouts`, on synthetic ones beside them; a stage for `runs.drive`.
 
     Without `rollouts` this is the base algorithm. `evaluation` is None where no simulator exists. All randomness of training
     comes from one generator seeded by `seed`; evaluation has seeds of its own, so that it never disturbs training.

@@ -29,7 +29,7 @@ from dydiff.errors import NotForNetwork
 from dydiff.kernels.unet_reference import GROUPS
 
 TAPS = 5
-BACKENDS = "bf16", "winograd", "triton-c"  # of dydiff/backends.py: those made of these convolutions
+BACKENDS = "bf16", "winograd", "triton-c"  # of dydiff/backends: those made of these convolutions
 # A norm over few elements blows up rounding. From so many in a network's smallest group on, samples of a CPU's backends stayed well
 # within their limits: the worst of 12 networks at 1e-2 of 2e-2 in bf16, at 1e-4 of 2e-3 in winograd. Groups of 4, of 2 broke them.
 SMALLEST_GROUP = {"bf16": 16, "winograd": 4}

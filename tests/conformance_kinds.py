@@ -24,18 +24,18 @@ from torch import Tensor
 from dydiff.agents.diffusion_actor import DiffusionActor
 from dydiff.agents.diffusion_ql import DiffusionQL, DiffusionQLNoise
 from dydiff.agents.td3_bc import TD3BC
-from dydiff.backend_choice import prepare_denoiser
+from dydiff.backends.choice import prepare_denoiser
 from dydiff.capture import CapturedGraph, warm_up
 from dydiff.data import Limits, Spaces, Transitions, Windows, ZScore, make_transitions
 from dydiff.device import fast_float32, sum_in_float32
 from dydiff.diffusion.edm import edm_loss
 from dydiff.diffusion.sampler import sample_edm
+from dydiff.environments.terminal import terminal_function
 from dydiff.filters import hardmax_mask, softmax_probability
 from dydiff.networks.policy import TanhGaussianPolicy
 from dydiff.replay import ReplayBuffer
 from dydiff.reward import RewardModel
 from dydiff.rollout import RolloutEngine, Trajectory, make_synthetic_transitions
-from dydiff.terminal import terminal_function
 from dydiff.updates import Updates
 
 Pair = tuple[Tensor, Tensor]  # ours, expected

@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from dydiff.cli import main
-from dydiff.collect import collect
+from dydiff.collecting.collect import collect
 from dydiff.errors import DydiffError
 
 DATASET = "maze2d-umaze-local"

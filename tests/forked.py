@@ -20,7 +20,9 @@ from typing import IO
 REPOSITORY = Path(__file__).parents[1]
 children = multiprocessing.get_context("forkserver")
 # What a run imports late: optimizers pull in torch._dynamo.
-children.set_forkserver_preload(["dydiff.workers", "gymnasium", "mujoco", "pytest", "torch._dynamo", "tensorboard.summary"])
+children.set_forkserver_preload(
+    ["dydiff.experiments.workers", "gymnasium", "mujoco", "pytest", "torch._dynamo", "tensorboard.summary"]
+)
 
 
 def run_script(script: str, arguments: list[str], environment: dict[str, str], output: Path) -> None:
@@ -34,7 +36,7 @@ def run_script(script: str, arguments: list[str], environment: dict[str, str], o
 
 
 class Forked:
-    """What `dydiff.workers` and `dydiff.child` use of a subprocess.Popen, for the commands of `module_command`."""
+    """What `dydiff.experiments.workers` and `dydiff.child` use of a subprocess.Popen, for the commands of `module_command`."""
 
     def __init__(
         self,
@@ -94,5 +96,5 @@ def _work(command: list[str], environment: dict[str, str], standard: dict[int, C
     exec(code, {"__name__": "__main__"})
 
 
-# In the place of the module `subprocess` in `dydiff.workers` and `dydiff.child`.
+# In the place of the module `subprocess` in `dydiff.experiments.workers` and `dydiff.child`.
 SUBPROCESS = SimpleNamespace(Popen=Forked, PIPE=subprocess.PIPE, STDOUT=subprocess.STDOUT, TimeoutExpired=subprocess.TimeoutExpired)

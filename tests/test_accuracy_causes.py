@@ -18,9 +18,9 @@ import perfect_dynamics  # noqa: E402
 
 from dydiff.agents.td3_bc import TD3BC  # noqa: E402
 from dydiff.cli import main  # noqa: E402
-from dydiff.collect import collect  # noqa: E402
+from dydiff.collecting.collect import collect  # noqa: E402
 from dydiff.data import Transitions  # noqa: E402
-from dydiff.policy_runs import load_subject  # noqa: E402
+from dydiff.reports.policy_runs import load_subject  # noqa: E402
 
 KINDS = ["recorded", "perturbed 0.1", "perturbed 0.3", "other"]
 

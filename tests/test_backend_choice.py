@@ -11,9 +11,9 @@ import pytest
 import torch
 from small_denoiser import DATA_DIM, HORIZON, OBSERVATION_DIM
 
-from dydiff import backend_choice
-from dydiff.backend_choice import choose_backend, prepare_denoiser
 from dydiff.backends import ON_GPU
+from dydiff.backends import choice as backend_choice
+from dydiff.backends.choice import choose_backend, prepare_denoiser
 from dydiff.child import Child
 from dydiff.diffusion.edm import Denoiser
 from dydiff.errors import DydiffError

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from dydiff.data import Limits, Windows, load_dataset, make_transitions
 from dydiff.errors import DydiffError
-from dydiff.experiment import load_experiment
+from dydiff.experiments.experiment import load_experiment
 from dydiff.runs import list_runs, read_log, read_run, read_settings
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 
-from dydiff import behaviour
-from dydiff.behaviour import SHIPPED, UniformPolicy, load_policy, save_policy, shipped_policies
-from dydiff.collect import LOCOMOTION
+from dydiff.collecting import behaviour
+from dydiff.collecting.behaviour import SHIPPED, UniformPolicy, load_policy, save_policy, shipped_policies
+from dydiff.collecting.collect import LOCOMOTION
+from dydiff.collecting.episodes import Work, record_episodes
 from dydiff.environments import environment_spec
-from dydiff.episodes import Work, record_episodes
 from dydiff.errors import DydiffError
 
 REPOSITORY = Path(__file__).parents[1]

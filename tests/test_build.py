@@ -123,7 +123,7 @@ def test_without_nvcc_the_cpu_unit_is_built(tmp_path):
     nowhere = tmp_path / "nowhere"
     installation = Installation(tmp_path, CUDA_HOME=str(nowhere))
     assert f"built the CPU unit only: there is no {nowhere}" in installation.log
-    assert (installation.site / "dydiff" / "policies" / "hopper-medium.safetensors").is_file()
+    assert (installation.site / "dydiff" / "collecting" / "policies" / "hopper-medium.safetensors").is_file()
     output = installation.probe()
     assert "extension False 42.0" in output  # 24 * (1 + 0.75)
     assert "has no CUDA unit: the installation built the CPU unit only" in output and "nvcc on PATH" in output

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from conftest import check_refusal
 
-import dydiff.collect
-from dydiff.collect import LOCAL_DATASETS, _policies_of, collect, collect_arrays
+from dydiff.collecting import collect as collecting
+from dydiff.collecting.collect import LOCAL_DATASETS, _policies_of, collect, collect_arrays
 from dydiff.data import load_dataset, make_transitions
 from dydiff.environments import environment_spec
+from dydiff.environments.maze import free_cells, goal_cell
+from dydiff.environments.simulate import roll_out_simulator
 from dydiff.errors import DydiffError
-from dydiff.maze import free_cells, goal_cell
-from dydiff.simulate import roll_out_simulator
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_unknown_names_and_counts_are_refused():
 def test_a_path_that_cannot_be_written_is_refused_before_the_work(place, tmp_path, monkeypatch):
     (tmp_path / "folder.hdf5").mkdir()
     (tmp_path / "file").touch()
-    monkeypatch.setattr(dydiff.collect, "collect_arrays", lambda *_: pytest.fail("the work has begun"))
+    monkeypatch.setattr(collecting, "collect_arrays", lambda *_: pytest.fail("the work has begun"))
     with pytest.raises(DydiffError, match="Cannot write the dataset .*choose another path"):
         collect("hopper-random-local", steps=100, seed=0, path=tmp_path / place, progress=False)
     assert sorted(entry.name for entry in tmp_path.rglob("*")) == ["file", "folder.hdf5"]
@@ -122,13 +122,13 @@ def test_a_name_that_could_not_be_loaded_is_refused_before_the_work(command, pla
 @pytest.fixture
 def at_work(monkeypatch) -> list[tuple]:
     """The arguments of every recording that began."""
-    begun, record = [], dydiff.collect.collect_arrays
+    begun, record = [], collecting.collect_arrays
 
     def recorded(*arguments):
         begun.append(arguments)
         return record(*arguments)
 
-    monkeypatch.setattr(dydiff.collect, "collect_arrays", recorded)
+    monkeypatch.setattr(collecting, "collect_arrays", recorded)
     return begun
 
 
@@ -169,5 +169,5 @@ def test_no_file_of_others_is_replaced(tmp_path):
 
 
 def test_every_dataset_tells_itself_from_the_others():
-    told = [dydiff.collect._describe(dydiff.collect._spec_of(name), _policies_of(name), 100, 0) for name in LOCAL_DATASETS]
+    told = [collecting._describe(collecting._spec_of(name), _policies_of(name), 100, 0) for name in LOCAL_DATASETS]
     assert all(told.count(metadata) == 1 for metadata in told)

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dydiff.behaviour import shipped_policies
-from dydiff.collect import LOCOMOTION, collect, collect_arrays
+from dydiff.collecting.behaviour import shipped_policies
+from dydiff.collecting.collect import LOCOMOTION, collect, collect_arrays
 from dydiff.data import load_dataset, read_dataset
 from dydiff.environments import environment_spec
-from dydiff.simulate import roll_out_simulator
+from dydiff.environments.simulate import roll_out_simulator
 
 
 @pytest.fixture(scope="module")

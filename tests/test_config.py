@@ -17,7 +17,7 @@ from conftest import refusal
 from dydiff import config
 from dydiff.agents import AGENTS
 from dydiff.config import Constants, DiffQLParams, EnvSpecs, KeepCondition, MetaData, RLTrainerParams, from_mapping
-from dydiff.experiment import ALGORITHMS
+from dydiff.experiments.experiment import ALGORITHMS
 from dydiff.filters import keep_mask
 from dydiff.updates import MODES, PRECISIONS
 

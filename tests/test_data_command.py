@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from conftest import DATASET, check_refusal, check_usage
 
-from dydiff.collect import collect
+from dydiff.collecting.collect import collect
 from dydiff.data import RawDataset, load_dataset, read_dataset, write_dataset
-from dydiff.dynamics_check import check_dynamics, find_closest
+from dydiff.data_tools.dynamics_check import check_dynamics, find_closest
+from dydiff.data_tools.validation import find_problems
 from dydiff.environments import environment_spec
-from dydiff.validation import find_problems
 
 REPOSITORY = Path(__file__).parents[1]
 ROWS = 12

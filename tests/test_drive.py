@@ -16,11 +16,11 @@ from conftest import check_refusal
 
 from dydiff.agents import TD3BC
 from dydiff.checkpoint import load_checkpoint, save_checkpoint
-from dydiff.drive import drive
 from dydiff.finite import find_not_finite
 from dydiff.fit import Fit
 from dydiff.models import DIFFUSION, DYNAMICS, POLICY, REWARD, load_policy
 from dydiff.runs import read_log, read_run
+from dydiff.runs.drive import drive
 
 CPU = "--device=cpu"
 MODELS = ("dyn_model_params", "model_params")
@@ -294,7 +294,7 @@ def test_every_checkpoint_tells_its_origin(run_stage, dataset, models, tmp_path)
 def test_states_that_take_long_are_saved_less_often(monkeypatch, cost, states):
     """Epochs of eight seconds, every second of which is due."""
     clock, saved = [0.0], []
-    monkeypatch.setattr("dydiff.drive.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("dydiff.runs.drive.time.monotonic", lambda: clock[0])
 
     def train(epochs: int) -> dict[str, float]:
         clock[0] += 8

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from dydiff.environments import ENVIRONMENTS, environment_name, environment_spec
+from dydiff.environments.maze import LAYOUTS, WaypointController, free_cells, goal_cell, maze_reward, plan_values
+from dydiff.environments.terminal import terminal_function
 from dydiff.errors import DydiffError
-from dydiff.maze import LAYOUTS, WaypointController, free_cells, goal_cell, maze_reward, plan_values
-from dydiff.terminal import terminal_function
 
 NAN, INF = float("nan"), float("inf")
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from dydiff.environments import environment_spec
+from dydiff.environments.simulate import roll_out_simulator, state_from_observation
 from dydiff.errors import DydiffError
 from dydiff.evaluate import Evaluator, episode_seed, evaluate
-from dydiff.simulate import roll_out_simulator, state_from_observation
 
 HOPPER = environment_spec("hopper")
 MAZE = environment_spec("maze2d-umaze")
@@ -78,7 +78,7 @@ def test_unusable_actions_are_refused():
 
 
 def test_failing_environment_is_named(monkeypatch):
-    from dydiff.maze import MazeEnvironment
+    from dydiff.environments.maze import MazeEnvironment
 
     def fail(self, action):
         raise RuntimeError("the physics gave up")

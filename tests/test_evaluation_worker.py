@@ -14,16 +14,16 @@ import torch
 from dydiff.agents import AGENTS
 from dydiff.checkpoint import load_checkpoint
 from dydiff.data import Limits, Spaces, ZScore
-from dydiff.drive import Interrupted, drive
 from dydiff.environments import environment_spec
 from dydiff.errors import DydiffError
 from dydiff.evaluation_worker import EvaluationWorker, PolicyEvaluator, describe_evaluation
-from dydiff.experiment import load_experiment
+from dydiff.experiments.experiment import load_experiment
+from dydiff.experiments.policy_stage import build_policies
 from dydiff.models import POLICY
-from dydiff.policy_stage import build_policies
 from dydiff.problem import load_problem
 from dydiff.progress import Progress
 from dydiff.runs import Run, read_log
+from dydiff.runs.drive import Interrupted, drive
 
 MODELS = {
     "td3_bc": {"observation_dim": 11, "action_dim": 3, "hidden_dims": [8]},

@@ -10,8 +10,8 @@ import yaml
 from conftest import refusal
 
 from dydiff.config import DiffQLParams
-from dydiff.experiment import load_experiment
-from dydiff.workers import describe, label
+from dydiff.experiments.experiment import load_experiment
+from dydiff.experiments.workers import describe, label
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -20,9 +20,9 @@ from test_download import NAME, server  # noqa: F401 - a fixture
 from dydiff.checkpoint import load_checkpoint, save_checkpoint
 from dydiff.cli import main
 from dydiff.data import dataset_from_arrays, download, load_dataset, write_dataset
-from dydiff.drive import drive
 from dydiff.errors import DydiffError
 from dydiff.runs import Run, read_log, read_run
+from dydiff.runs.drive import drive
 
 
 def refusal(function, *arguments) -> str:

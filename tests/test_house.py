@@ -51,7 +51,7 @@ def inside(module: str, *packages: str) -> bool:
 
 # What a part may import of dydiff, besides itself. Parts that are not listed are the upper storeys, checked below.
 FOUNDATION = ["dydiff.errors"]
-LEAVES = [*FOUNDATION, "dydiff.data", "dydiff.environments", "dydiff.terminal", "dydiff.checkpoint"]
+LEAVES = [*FOUNDATION, "dydiff.data", "dydiff.environments", "dydiff.checkpoint"]
 MAY_IMPORT = {
     "dydiff.errors": [],
     "dydiff.kernels": FOUNDATION,
@@ -60,25 +60,16 @@ MAY_IMPORT = {
     "dydiff.device": FOUNDATION,
     "dydiff.options": FOUNDATION,
     "dydiff.arguments": FOUNDATION,
-    "dydiff.yaml_files": FOUNDATION,
     "dydiff.progress": [],
-    "dydiff.events": [],
-    "dydiff.tracking": [*FOUNDATION, "dydiff.checkpoint"],
     "dydiff.finite": [],
     "dydiff.memory": [*FOUNDATION, "dydiff.progress"],
     "dydiff.ranges": [],
-    "dydiff.tables": [],
-    "dydiff.uncertainty": [],
-    "dydiff.simulators": FOUNDATION,
-    "dydiff.environments": [*FOUNDATION, "dydiff.maze", "dydiff.simulators"],
-    "dydiff.maze": [*FOUNDATION, "dydiff.environments"],
-    "dydiff.terminal": [*FOUNDATION, "dydiff.environments"],
+    "dydiff.reports.tables": [],
+    "dydiff.reports.uncertainty": [],
+    "dydiff.environments": FOUNDATION,
     "dydiff.data": [*FOUNDATION, "dydiff.environments"],
-    "dydiff.simulate": [*FOUNDATION, "dydiff.environments"],
-    "dydiff.evaluate": [*FOUNDATION, "dydiff.environments", "dydiff.simulate"],
-    "dydiff.behaviour": FOUNDATION,
-    "dydiff.episodes": [*FOUNDATION, "dydiff.behaviour", "dydiff.environments", "dydiff.simulate"],
-    "dydiff.collect": [*LEAVES, "dydiff.maze", "dydiff.behaviour", "dydiff.episodes"],
+    "dydiff.evaluate": [*FOUNDATION, "dydiff.environments"],
+    "dydiff.collecting": LEAVES,
     "dydiff.networks": [*FOUNDATION, "dydiff.kernels"],
     "dydiff.diffusion": [
         *FOUNDATION,
@@ -97,12 +88,10 @@ MAY_IMPORT = {
     "dydiff.replay": [*FOUNDATION, "dydiff.data"],
     "dydiff.capture": FOUNDATION,
     "dydiff.child": [],
-    "dydiff.trial": ["dydiff.capture"],
 }
 # From the bottom up: a module here may import any part above it in this list, and everything in MAY_IMPORT.
 STOREYS = [
     "dydiff.backends",
-    "dydiff.backend_choice",
     "dydiff.rollout_checks",
     "dydiff.rollout",
     "dydiff.models",
@@ -111,34 +100,13 @@ STOREYS = [
     "dydiff.evaluation_worker",
     "dydiff.trainer",
     "dydiff.runs",
-    "dydiff.run_models",
-    "dydiff.drive",
-    "dydiff.seeds",
-    "dydiff.experiment",
     "dydiff.problem",
-    "dydiff.policy_stage",
-    "dydiff.stages",
-    "dydiff.workers",
-    "dydiff.validation",
-    "dydiff.inspection",
-    "dydiff.dynamics_check",
-    "dydiff.data_command",
-    "dydiff.policy_runs",
-    "dydiff.deviation",
-    "dydiff.comparison",
-    "dydiff.plots",
-    "dydiff.report",
-    "dydiff.sampler_quality",
+    "dydiff.experiments",
+    "dydiff.data_tools",
+    "dydiff.reports",
     "dydiff.cli",
 ]
-KNOW_THE_SETTINGS = [
-    "dydiff.experiment",
-    "dydiff.policy_stage",
-    "dydiff.stages",
-    "dydiff.workers",
-    "dydiff.policy_runs",
-    "dydiff.cli",
-]
+KNOW_THE_SETTINGS = ["dydiff.experiments", "dydiff.reports.policy_runs", "dydiff.cli"]
 
 
 @every_module
@@ -163,7 +131,7 @@ def test_who_may_import_whom(module):
 @every_module
 def test_only_the_upper_storeys_know_the_settings(module):
     if module != "dydiff.config" and not inside(module, *KNOW_THE_SETTINGS):
-        assert not imports(module) & {"dydiff.config", "dydiff.experiment"} or module == "dydiff.experiment"
+        assert not imports(module) & {"dydiff.config", "dydiff.experiments.experiment"}
 
 
 @every_module
@@ -189,8 +157,8 @@ def test_the_rules_that_the_design_spells_out_hold_transitively():
         "dydiff.agents": ["dydiff.rollout", "dydiff.trainer", "dydiff.diffusion"],
         "dydiff.networks": ["dydiff.rollout", "dydiff.trainer", "dydiff.agents", "dydiff.diffusion"],
         "dydiff.diffusion": ["dydiff.rollout", "dydiff.trainer", "dydiff.agents"],
-        "dydiff.rollout": ["dydiff.trainer", "dydiff.agents", "dydiff.stages"],
-        "dydiff.trainer": ["dydiff.stages", "dydiff.cli", "dydiff.workers", "dydiff.config"],
+        "dydiff.rollout": ["dydiff.trainer", "dydiff.agents", "dydiff.experiments"],
+        "dydiff.trainer": ["dydiff.experiments", "dydiff.cli", "dydiff.config"],
     }
     for part, parts in forbidden.items():
         for module in FILES:

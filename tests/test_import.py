@@ -15,12 +15,12 @@ from standins import dump, make_diffusion_policy, make_layers, make_policy, make
 from dydiff.checkpoint import load_checkpoint
 from dydiff.data import Limits
 from dydiff.errors import DydiffError
+from dydiff.experiments.policy_stage import make_importer
 from dydiff.importing import Importer
 from dydiff.importing.files import read_published
 from dydiff.importing.records import named_tensors, to_array
 from dydiff.models import load_diffusion_model, load_dynamics, load_policy, load_reward
 from dydiff.networks.published import rename_unet
-from dydiff.policy_stage import make_importer
 from dydiff.problem import load_problem
 
 OBS, ACT = 4, 2  # columns of maze2d, which the fixtures collect

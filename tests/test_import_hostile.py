@@ -24,9 +24,9 @@ from torch import nn
 
 from dydiff.data import Limits
 from dydiff.errors import DydiffError
+from dydiff.experiments.policy_stage import make_importer
 from dydiff.importing import Importer, files
 from dydiff.importing.files import read_published
-from dydiff.policy_stage import make_importer
 from dydiff.problem import load_problem
 
 FORBIDDEN = ("os.", "exec", "compile", "import", "open", "subprocess.", "pickle.find_class", "socket.", "marshal.", "code.")

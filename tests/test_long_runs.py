@@ -17,8 +17,8 @@ import pytest
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from dydiff.diffusion.training import DiffusionTrainer
+from dydiff.experiments.stages import OneStepStage
 from dydiff.runs import read_log
-from dydiff.stages import OneStepStage
 from dydiff.trainer import PolicyTrainer
 
 PAGE = os.sysconf("SC_PAGE_SIZE")

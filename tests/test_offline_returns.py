@@ -21,9 +21,9 @@ sys.path.insert(0, str(BENCHMARKS))
 import offline_returns  # noqa: E402 - the folder is not a package, and must be found first
 from returns_report import compare  # noqa: E402
 
-from dydiff import workers  # noqa: E402
+from dydiff.experiments import workers  # noqa: E402
+from dydiff.reports.uncertainty import bootstrap_difference, bootstrap_interval, standard_error  # noqa: E402
 from dydiff.runs import list_runs, read_log  # noqa: E402
-from dydiff.uncertainty import bootstrap_difference, bootstrap_interval, standard_error  # noqa: E402
 
 TINY = "--device=cpu --workers=2 --algorithms=td3_bc --horizon=8 --dim=16 --dim-mults=1,2 --duration=0.0004 --one-step-epochs=2"
 TINY += " --one-step-updates=5 --epochs=3 --updates=4 --starts=6 --hidden=8 --eval-steps=10 --fast"

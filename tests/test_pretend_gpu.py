@@ -23,7 +23,7 @@ from torch import Tensor
 import dydiff.updates
 from dydiff import capture
 from dydiff.agents import AGENTS
-from dydiff.backend_choice import choose_backend
+from dydiff.backends.choice import choose_backend
 from dydiff.capture import CapturedGraph, capture_if_gpu, warm_up
 from dydiff.data import Transitions
 from dydiff.diffusion import update

@@ -10,16 +10,16 @@ import pytest
 import tiny
 import torch
 
-from dydiff import plots
-from dydiff.collect import collect
+from dydiff.collecting.collect import collect
 from dydiff.config import Constants, KeepCondition, RLTrainerParams, TD3BCParams
 from dydiff.data import Limits, Spaces, ZScore, load_dataset
-from dydiff.deviation import Comparison
 from dydiff.environments import environment_spec
+from dydiff.environments.simulate import SimulatedTrajectories
 from dydiff.errors import DydiffError
-from dydiff.policy_runs import PolicyRun, group_runs
-from dydiff.simulate import SimulatedTrajectories
-from dydiff.tables import format_table
+from dydiff.reports import plots
+from dydiff.reports.deviation import Comparison
+from dydiff.reports.policy_runs import PolicyRun, group_runs
+from dydiff.reports.tables import format_table
 
 PNG = b"\x89PNG\r\n"
 

@@ -18,14 +18,14 @@ import rollout_accuracy  # noqa: E402 - the folder is not a package, and must be
 from probe_policies import clone_behaviour, distance_from_data, perturb  # noqa: E402
 
 from dydiff.cli import main  # noqa: E402
-from dydiff.collect import collect  # noqa: E402
-from dydiff.comparison import RecordedActions, compare_models, draw_cases  # noqa: E402
+from dydiff.collecting.collect import collect  # noqa: E402
 from dydiff.data import Transitions  # noqa: E402
-from dydiff.deviation import TRUE_STATES  # noqa: E402
+from dydiff.environments.simulate import roll_out_simulator, state_from_observation  # noqa: E402
 from dydiff.errors import DydiffError  # noqa: E402
-from dydiff.policy_runs import load_subject  # noqa: E402
+from dydiff.reports.comparison import RecordedActions, compare_models, draw_cases  # noqa: E402
+from dydiff.reports.deviation import TRUE_STATES  # noqa: E402
+from dydiff.reports.policy_runs import load_subject  # noqa: E402
 from dydiff.rollout import Trajectory  # noqa: E402
-from dydiff.simulate import roll_out_simulator, state_from_observation  # noqa: E402
 
 ONE_STEP_ERROR = 1e-3
 

@@ -18,13 +18,13 @@ from dydiff.agents import AGENTS
 from dydiff.checkpoint import load_checkpoint
 from dydiff.data import load_dataset
 from dydiff.errors import DydiffError
-from dydiff.experiment import load_experiment
+from dydiff.experiments.experiment import load_experiment
+from dydiff.experiments.seeds import NEXT_STATE
 from dydiff.models import POLICY
-from dydiff.policy_runs import find_policy_runs, group_runs
 from dydiff.replay import ReplayBuffer
+from dydiff.reports.policy_runs import find_policy_runs, group_runs
 from dydiff.rollout import RolloutEngine
 from dydiff.runs import STATE, Run, list_runs, read_log, read_run, read_settings
-from dydiff.seeds import NEXT_STATE
 from dydiff.updates import Updates
 
 SEEDS = [3, 0, 1]

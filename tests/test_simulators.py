@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import tiny
 
-from dydiff import simulators
 from dydiff.checkpoint import load_checkpoint
-from dydiff.collect import collect
+from dydiff.collecting.collect import collect
 from dydiff.data import dataset_from_arrays, read_dataset, write_dataset
-from dydiff.environments import D4RL_LOCOMOTION, ENVIRONMENTS, environment_spec
+from dydiff.environments import D4RL_LOCOMOTION, ENVIRONMENTS, environment_spec, simulators
 from dydiff.errors import DydiffError
 from dydiff.evaluate import evaluate
 from dydiff.models import POLICY

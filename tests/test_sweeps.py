@@ -16,7 +16,7 @@ import tiny
 from conftest import check_refusal
 from forked import SUBPROCESS, Forked
 
-from dydiff import workers
+from dydiff.experiments import workers
 from dydiff.runs import read_run
 
 REPOSITORY = Path(__file__).parents[1]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_denoiser import DATA_DIM, HORIZON, make_denoiser
 
-from dydiff.trial import LEVELS, LIMIT, REPEATS, find_fault, time_evaluations
+from dydiff.backends.trial import LEVELS, LIMIT, REPEATS, find_fault, time_evaluations
 
 CPU = torch.device("cpu")
 SHAPE = 3, HORIZON, DATA_DIM

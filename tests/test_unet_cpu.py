@@ -5,9 +5,9 @@ import sys
 import pytest
 import torch
 
-from dydiff import backend_choice
-from dydiff.backend_choice import choose_backend, prepare_denoiser
 from dydiff.backends import ON_CPU, apply_backend
+from dydiff.backends import choice as backend_choice
+from dydiff.backends.choice import choose_backend, prepare_denoiser
 from dydiff.diffusion.edm import Denoiser
 from dydiff.errors import DydiffError
 from dydiff.kernels import edm, matrix_cpu, native

@@ -33,7 +33,7 @@ PRECISIONS = ("auto", "float32", "bf16", "winograd")
 
 
 class DiffusionTrainer:
-    """Trains a denoiser on windows of the dataset, one tick (some thousand samples) at a time; a stage for `drive.drive`.
+    """Trains a denoiser on windows of the dataset, one tick (some thousand samples) at a time; a stage for `runs.drive`.
 
     `duration`, `tick`, `lr_ramp` and `half_life` count samples: the learning rate grows linearly over the first `lr_ramp`,
     `half_life` is that of the weights' moving average, which is the model. `micro_batch` splits a batch to save memory.

@@ -26,9 +26,9 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from dydiff.behaviour import SHIPPED, TanhGaussian, load_policy, save_policy
+from dydiff.collecting.behaviour import SHIPPED, TanhGaussian, load_policy, save_policy
+from dydiff.collecting.episodes import Work, record_episodes
 from dydiff.environments import EnvironmentSpec, environment_spec, simulator_version
-from dydiff.episodes import Work, record_episodes
 
 NUM_ENVIRONMENTS = 16
 SNAPSHOT_STEPS = 10_000
@@ -76,7 +76,7 @@ class Snapshots(BaseCallback):
 
 
 def read_weights(model: PPO) -> dict[str, np.ndarray]:
-    """The policy's network under the names of `dydiff.behaviour`, with the observations' normalisation folded into it."""
+    """The policy's network under `dydiff.collecting.behaviour`'s names, with the observations' normalisation folded into it."""
     first, second = (model.policy.mlp_extractor.policy_net[index] for index in (0, 2))
     layers = {"fc0": first, "fc1": second, "last_fc": model.policy.action_net}
     weights = {}

@@ -14,8 +14,8 @@ from matplotlib import pyplot  # noqa: E402
 
 from dydiff.data import RawDataset, normalized_score  # noqa: E402
 from dydiff.data.windows import find_episodes  # noqa: E402
+from dydiff.data_tools.validation import check_structure  # noqa: E402
 from dydiff.errors import DydiffError  # noqa: E402
-from dydiff.validation import check_structure  # noqa: E402
 
 BINS = 12
 BAR = 40  # characters

@@ -96,7 +96,7 @@ def draw_maze_rollouts(
 
 def _draw_plan(ax: Axes, environment: str) -> None:
     """Walls, and the disk that is rewarded, in the particle's coordinates."""
-    from dydiff.maze import BODY_OFFSET, GOAL_RADIUS, LAYOUTS, goal_cell  # loads MuJoCo
+    from dydiff.environments.maze import BODY_OFFSET, GOAL_RADIUS, LAYOUTS, goal_cell  # loads MuJoCo
 
     layout = environment.split("-")[1]
     for i, tiles in enumerate(LAYOUTS[layout]):

@@ -18,12 +18,12 @@ from typing import Any
 from dydiff.child import module_command
 from dydiff.config import Constants, from_mapping, show
 from dydiff.device import find_device
-from dydiff.drive import Interrupted, Interrupts
 from dydiff.errors import DydiffError
-from dydiff.experiment import Experiment, Variant, flatten, load_experiment
+from dydiff.experiments.experiment import Experiment, Variant, flatten, load_experiment
+from dydiff.experiments.stages import run_variants
 from dydiff.progress import Progress, say
 from dydiff.runs import find_run_of, list_settings, new_folder, read_run, removed_if_empty
-from dydiff.stages import run_variants
+from dydiff.runs.drive import Interrupted, Interrupts
 
 LOG = "output.log"
 FEW = 4  # settings in which a run differs that was perhaps to be continued

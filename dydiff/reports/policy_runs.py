@@ -18,14 +18,14 @@ from dydiff.data.windows import find_episodes
 from dydiff.dynamics import DynamicsEnsemble
 from dydiff.environments import environment_name, environment_spec
 from dydiff.errors import DydiffError
-from dydiff.experiment import flatten
+from dydiff.experiments.experiment import flatten
+from dydiff.experiments.policy_stage import UPDATES_PER_EPOCH, build_rollouts, find_models
 from dydiff.models import DIFFUSION, DYNAMICS, POLICY, Policy, load_diffusion_model, load_policy
-from dydiff.policy_stage import UPDATES_PER_EPOCH, build_rollouts, find_models
 from dydiff.problem import Problem, load_problem
-from dydiff.run_models import recorded_models
+from dydiff.reports.uncertainty import bootstrap_interval, standard_error
 from dydiff.runs import list_runs, read_log, read_settings
+from dydiff.runs.model_files import recorded_models
 from dydiff.trainer import Rollouts
-from dydiff.uncertainty import bootstrap_interval, standard_error
 
 PARTS = ("rollout", "updates", "evaluation")  # of an epoch, as the log times them
 PLACES = ("dataset_name", "seed", "seeds", "load_path", "model_paths")  # settings that say what for and where, not how

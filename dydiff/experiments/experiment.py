@@ -24,8 +24,8 @@ from dydiff.config import (
     unknown_key,
 )
 from dydiff.errors import DydiffError
+from dydiff.experiments.yaml_files import parse_yaml, read_yaml
 from dydiff.progress import say
-from dydiff.yaml_files import parse_yaml, read_yaml
 
 MAX_VARIANTS = 10_000
 COMMON = ("dataset_name", "seed", "seeds", "env_specs")  # settings that every stage uses

@@ -13,11 +13,12 @@ import torch
 
 from dydiff.data import Limits, Windows, load_dataset
 from dydiff.diffusion.training import DiffusionTrainer, choose_precision
-from dydiff.drive import drive
 from dydiff.dynamics import DynamicsEnsemble
 from dydiff.environments import ENVIRONMENTS
 from dydiff.errors import DydiffError
-from dydiff.experiment import Variant
+from dydiff.experiments.experiment import Variant
+from dydiff.experiments.policy_stage import build_policies, find_models
+from dydiff.experiments.seeds import SeedRuns, SeedTrainers
 from dydiff.fit import Fit
 from dydiff.models import (
     DIFFUSION,
@@ -27,13 +28,12 @@ from dydiff.models import (
     build_denoiser,
     describe_scaling,
 )
-from dydiff.policy_stage import build_policies, find_models
 from dydiff.problem import Problem, fit_environment, load_problem
 from dydiff.progress import Progress, say
 from dydiff.reward import RewardModel
-from dydiff.run_models import check_unchanged, digest_models, recorded_models
 from dydiff.runs import Run
-from dydiff.seeds import SeedRuns, SeedTrainers
+from dydiff.runs.drive import drive
+from dydiff.runs.model_files import check_unchanged, digest_models, recorded_models
 
 KINDS = {"dynamics": DYNAMICS, "reward": REWARD}
 

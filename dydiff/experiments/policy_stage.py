@@ -13,17 +13,17 @@ from dydiff.agents import AGENTS
 from dydiff.config import Constants
 from dydiff.device import has_idle_core
 from dydiff.diffusion.fast_sampler import FastMode
+from dydiff.environments.terminal import terminal_function
 from dydiff.errors import DydiffError
 from dydiff.evaluation_worker import EvaluationWorker, PolicyEvaluator, describe_evaluation
-from dydiff.experiment import ALGORITHMS, Variant
+from dydiff.experiments.experiment import ALGORITHMS, Variant
 from dydiff.importing import Importer, is_published
 from dydiff.models import DIFFUSION, DYNAMICS, REWARD, load_diffusion_model, load_dynamics, load_reward
 from dydiff.problem import Problem
 from dydiff.progress import Progress, say
 from dydiff.replay import ReplayBuffer
 from dydiff.rollout import RolloutEngine
-from dydiff.run_models import find_model
-from dydiff.terminal import terminal_function
+from dydiff.runs.model_files import find_model
 from dydiff.trainer import Evaluation, PolicyTrainer, Rollouts, Saving
 
 UPDATES_PER_EPOCH = {"td3_bc": 500, "cql": 500, "diffusion_ql": 250}

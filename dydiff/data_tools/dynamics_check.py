@@ -8,8 +8,8 @@ import numpy as np
 
 from dydiff.data import RawDataset
 from dydiff.environments import D4RL, MAZE2D, EnvironmentSpec, environment_spec
+from dydiff.environments.simulate import CUT_VELOCITY, state_from_observation
 from dydiff.errors import DydiffError
-from dydiff.simulate import CUT_VELOCITY, state_from_observation
 
 TERMINAL_SHARE = 0.1  # of the rows are steps that ended an episode: rewards of simulators differ there
 ENDS = ("terminals", "timeouts")

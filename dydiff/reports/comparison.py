@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from dydiff import rollout
-from dydiff.backend_choice import prepare_denoiser
+from dydiff.backends.choice import prepare_denoiser
 from dydiff.data import Spaces
 from dydiff.data.windows import find_windows
-from dydiff.deviation import TRUE_STATES, Comparison
 from dydiff.diffusion.sampler import sample_edm
 from dydiff.environments import EnvironmentSpec
+from dydiff.environments.simulate import CUT_VELOCITY, SimulatedTrajectories, roll_out_simulator, state_from_observation
 from dydiff.errors import DydiffError
 from dydiff.models import DiffusionModel, in_raw_space
-from dydiff.policy_runs import Subject
 from dydiff.problem import Problem
+from dydiff.reports.deviation import TRUE_STATES, Comparison
+from dydiff.reports.policy_runs import Subject
 from dydiff.rollout import RolloutEngine, Trajectory
-from dydiff.simulate import CUT_VELOCITY, SimulatedTrajectories, roll_out_simulator, state_from_observation
 from dydiff.trainer import Rollouts
 
 NO_MOTION, SINGLE_STEP, DYDIFF = "no motion", "single-step", "DyDiff"

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from dydiff.backends import BACKENDS, ON_GPU, SamplingDenoiser, apply_backend
+from dydiff.backends.trial import find_fault, time_evaluations
 from dydiff.child import Child, ChildEnded, connect_to_parent, decode, encode, end_with_parent
 from dydiff.device import has_fast_bf16
 from dydiff.diffusion.edm import Denoiser
@@ -26,7 +27,6 @@ from dydiff.kernels.winograd import SMALLEST_GROUP, TAPS
 from dydiff.memory import is_out_of_memory
 from dydiff.networks.unet import UNet
 from dydiff.progress import say
-from dydiff.trial import find_fault, time_evaluations
 
 LARGEST_TRIAL = 2048  # starts
 PATIENCE = 300.0  # seconds for the trial of a backend, most of which its kernels take to be compiled for the first time
@@ -177,7 +177,7 @@ def _try_apart(denoiser: Denoiser, shape: Shape, device: torch.device, names: Se
     network = denoiser.network
     if device.type == "cuda":
         torch.cuda.empty_cache()  # of which that process takes its own
-    child = Child("dydiff.backend_choice")
+    child = Child("dydiff.backends.choice")
     with contextlib.closing(child):
         task = {"sizes": network.sizes, "observation_dim": denoiser.observation_dim, "sigma_data": denoiser.sigma_data}
         weights = {name: weight.cpu() for name, weight in network.state_dict().items()}

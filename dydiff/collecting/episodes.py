@@ -22,10 +22,10 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from dydiff.behaviour import BehaviourPolicy
+from dydiff.collecting.behaviour import BehaviourPolicy
 from dydiff.environments import EnvironmentSpec
+from dydiff.environments.simulate import shared_simulators
 from dydiff.errors import DydiffError
-from dydiff.simulate import shared_simulators
 
 MAX_SIMULATORS = 16  # stepped in turn within a process, so that the policy is called once for all
 MAX_EPISODES = 32  # in one piece of work

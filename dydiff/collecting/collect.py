@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dydiff.behaviour import TanhGaussian, UniformPolicy, shipped_policies
+from dydiff.collecting.behaviour import TanhGaussian, UniformPolicy, shipped_policies
+from dydiff.collecting.episodes import Part, Rows, record_parts
 from dydiff.data import COLLECTOR, check_writable, dataset_path, write_dataset
 from dydiff.data.d4rl import LOCAL_SUFFIX
 from dydiff.data.files import METADATA, Scalar, read_file
 from dydiff.data.writer import check_suffix
 from dydiff.environments import EnvironmentSpec, environment_spec, simulator_version
-from dydiff.episodes import Part, Rows, record_parts
 from dydiff.errors import DydiffError
 
 LOCOMOTION = ("hopper", "halfcheetah", "walker2d")
@@ -163,7 +163,7 @@ def _spec_of(name: str) -> EnvironmentSpec:
 
 def _record_maze(spec: EnvironmentSpec, steps: int, seed: int, bar: tqdm) -> dict[str, np.ndarray]:
     environment = spec.make().unwrapped
-    from dydiff.maze import WaypointController, free_cells, maze_reward  # needs MuJoCo, which `make` has checked
+    from dydiff.environments.maze import WaypointController, free_cells, maze_reward  # needs MuJoCo, which `make` has checked
 
     generator = np.random.default_rng(seed)
     controller = WaypointController(environment.layout, generator)

@@ -46,7 +46,7 @@ def run_data(options: argparse.Namespace) -> None:
 
 def run_list(options: argparse.Namespace) -> None:
     """List the datasets that have names, and which of them are on this machine."""
-    from dydiff.collect import LOCAL_DATASETS
+    from dydiff.collecting.collect import LOCAL_DATASETS
     from dydiff.data import d4rl
     from dydiff.data.minari_reader import list_minari
 
@@ -63,8 +63,8 @@ def run_list(options: argparse.Namespace) -> None:
 
 def run_inspect(options: argparse.Namespace) -> None:
     """Print a dataset's sizes, episodes, returns and ranges, and draw them."""
-    from dydiff import inspection
     from dydiff.data import read_dataset
+    from dydiff.data_tools import inspection
 
     raw = read_dataset(options.dataset)
     figures = inspection.inspect(raw)
@@ -81,7 +81,7 @@ def run_inspect(options: argparse.Namespace) -> None:
 def run_validate(options: argparse.Namespace) -> None:
     """List everything that is wrong with a dataset, with the rows; status 1 if anything is."""
     from dydiff.data import read_dataset
-    from dydiff.validation import find_problems
+    from dydiff.data_tools.validation import find_problems
 
     raw = read_dataset(options.dataset)
     findings = find_problems(raw, _environment_of(raw, options.environment))
@@ -122,8 +122,8 @@ def run_download(options: argparse.Namespace) -> None:
 def run_check_dynamics(options: argparse.Namespace) -> None:
     """Take a dataset's steps again on every simulator, and print how far they part."""
     from dydiff.data import read_dataset
-    from dydiff.dynamics_check import check_dynamics, describe
-    from dydiff.validation import check_structure
+    from dydiff.data_tools.dynamics_check import check_dynamics, describe
+    from dydiff.data_tools.validation import check_structure
 
     if options.rows < 1:
         raise DydiffError(f"--rows must be at least 1, not {options.rows}.")

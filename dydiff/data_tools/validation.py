@@ -11,7 +11,7 @@ from dydiff.data import RawDataset, d4rl
 from dydiff.data.dataset import OPTIONAL, REQUIRED, differs_from_row_behind, find_breaks
 from dydiff.data.windows import find_episodes
 from dydiff.environments import ENVIRONMENTS
-from dydiff.terminal import terminal_function
+from dydiff.environments.terminal import terminal_function
 
 MATRICES = ("observations", "actions", "next_observations", "infos/qpos", "infos/qvel")
 SHOWN_ROWS = 10

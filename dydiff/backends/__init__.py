@@ -12,7 +12,7 @@
     auto        the fastest that keeps rollouts within 2e-2 of float32: on the CPU bf16, where the processor multiplies bfloat16,
                 else winograd, and neither where norms go over too few elements; on a GPU the fastest of those in float16 that
                 a trial there, with the network's own weights, finds right and faster than float32; else, and for networks that
-                the others are not for, extension (backend_choice.py)
+                the others are not for, extension (choice.py)
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ import numpy as np
 
 from dydiff.data import Spaces
 from dydiff.environments import EnvironmentSpec
-from dydiff.simulate import SimulatedTrajectories, roll_out_simulator, state_from_observation
-from dydiff.uncertainty import mean_with_error
+from dydiff.environments.simulate import SimulatedTrajectories, roll_out_simulator, state_from_observation
+from dydiff.reports.uncertainty import mean_with_error
 
 TRUE_STATES = "true states"  # the reward model and the terminal function on what the simulator did
 

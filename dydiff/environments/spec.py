@@ -3,10 +3,10 @@
 Importing this module loads no simulator: `EnvironmentSpec.make` does.
 Scores of different simulators do not compare, so each has a name, which is kept with MuJoCo's version beside every score:
 - `gymnasium-v4`: the reward of the gym v2 tasks that D4RL was recorded with, the physics of the installed MuJoCo.
-- `d4rl-compat`: the same reward, and the physics of D4RL's MuJoCo (`dydiff.simulators.restore_old_physics`).
+- `d4rl-compat`: the same reward, and the physics of D4RL's MuJoCo (`dydiff.environments.simulators.restore_old_physics`).
 - `gymnasium-v5`: another reward (no healthy reward on the last step) and other models (walker2d's feet); Minari's simulator.
 - `d4rl`: the legacy package itself, where it imports.
-- `dydiff-maze2d`: D4RL's point maze (`dydiff.maze`).
+- `dydiff-maze2d`: D4RL's point maze (`dydiff.environments.maze`).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class EnvironmentSpec:
     velocity_dim: int  # size of the simulator's qvel
     hidden_dim: int  # first entries of qpos that observations leave out: the root's place on the (endless) ground
     backend: str  # the simulator's name: see the module's docstring
-    gym_id: str | None = None  # None: a maze of `dydiff.maze`
+    gym_id: str | None = None  # None: a maze of `dydiff.environments.maze`
 
     @property
     def is_maze(self) -> bool:
@@ -112,14 +112,14 @@ class EnvironmentSpec:
     def _make_maze(self) -> gymnasium.Env:
         from gymnasium.wrappers import TimeLimit
 
-        from dydiff.maze import MazeEnvironment
+        from dydiff.environments.maze import MazeEnvironment
 
         _, layout, *variant = self.name.split("-")
         return TimeLimit(MazeEnvironment(layout, dense="dense" in variant), self.max_episode_steps)
 
     def _make_legacy(self) -> gymnasium.Env:
         try:
-            from dydiff.simulators import LegacyEnvironment
+            from dydiff.environments.simulators import LegacyEnvironment
 
             return LegacyEnvironment(self.gym_id)
         except Exception as error:  # mujoco-py raises bare exceptions where its MuJoCo or a compiler is missing
@@ -137,7 +137,7 @@ class EnvironmentSpec:
             warnings.simplefilter("ignore", DeprecationWarning)
             environment = gymnasium.make(self.gym_id, disable_env_checker=True)
             if self.backend == D4RL_COMPAT:
-                from dydiff.simulators import restore_old_physics
+                from dydiff.environments.simulators import restore_old_physics
 
                 inner = environment.unwrapped
                 restore_old_physics(inner.model, inner.data, TOTAL_MASSES.get(self.name))

@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from dydiff import plots
 from dydiff.checkpoint import make_folder, write_atomically
-from dydiff.comparison import SINGLE_STEP, compare_rollouts
 from dydiff.diffusion.fast_sampler import FastMode
 from dydiff.errors import DydiffError
-from dydiff.policy_runs import load_subject
+from dydiff.reports import plots
+from dydiff.reports.comparison import SINGLE_STEP, compare_rollouts
+from dydiff.reports.policy_runs import load_subject
+from dydiff.reports.tables import format_table, plus_minus
+from dydiff.reports.uncertainty import mean_with_error
 from dydiff.rollout import RolloutEngine
-from dydiff.tables import format_table, plus_minus
-from dydiff.uncertainty import mean_with_error
 
 REFERENCE = "Heun 34"  # the method's own sampler: what the others are compared with
 

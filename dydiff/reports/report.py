@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dydiff import plots
 from dydiff.checkpoint import make_folder, write_atomically
-from dydiff.comparison import DYDIFF, SINGLE_STEP, compare_rollouts
 from dydiff.errors import DydiffError
-from dydiff.policy_runs import Subject, behaviour_return, describe_models, describe_run, group_runs, load_models, load_runs
 from dydiff.progress import say
-from dydiff.tables import format_table, plus_minus
+from dydiff.reports import plots
+from dydiff.reports.comparison import DYDIFF, SINGLE_STEP, compare_rollouts
+from dydiff.reports.policy_runs import Subject, behaviour_return, describe_models, describe_run, group_runs, load_models, load_runs
+from dydiff.reports.tables import format_table, plus_minus
 
 SHOWN = {"position": "position error (m)", "state": "state error (root mean square of z-scored observations)"}
 

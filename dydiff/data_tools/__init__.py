@@ -1,0 +1,1 @@
+"""What the commands of `dydiff data` do: look at datasets, judge and convert them, find their simulator."""

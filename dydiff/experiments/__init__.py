@@ -1,0 +1,1 @@
+"""Experiment files, what they build, and the processes that run their variants."""

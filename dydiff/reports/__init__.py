@@ -1,0 +1,1 @@
+"""What trained models and policies are worth, against the simulator and each other: tables and pictures."""

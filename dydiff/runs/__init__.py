@@ -1,0 +1,29 @@
+"""Run folders: settings, logs, checkpoints, and how stages find each other's results."""
+
+from dydiff.runs.folders import (
+    find_run_of,
+    find_unfinished,
+    list_runs,
+    list_settings,
+    new_folder,
+    read_log,
+    read_run,
+    read_settings,
+    removed_if_empty,
+)
+from dydiff.runs.run import STATE, Run, Stage
+
+__all__ = [
+    "STATE",
+    "Run",
+    "Stage",
+    "find_run_of",
+    "find_unfinished",
+    "list_runs",
+    "list_settings",
+    "new_folder",
+    "read_log",
+    "read_run",
+    "read_settings",
+    "removed_if_empty",
+]
