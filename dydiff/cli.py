@@ -26,6 +26,7 @@ from dydiff.options import (
     add_train_options,
     add_worker_options,
     make_parser,
+    training_options,
     training_settings,
 )
 
@@ -40,7 +41,7 @@ def run_train(options: argparse.Namespace) -> None:
     device = find_device(options.device)
     if options.resume is not None:
         # How long a run is has no influence on what it does until then.
-        folder = find_unfinished(Path(options.resume), work, free=["duration"])
+        folder = find_unfinished(Path(options.resume), work, ["duration"], training_options)
     elif options.folder is not None:
         folder = Path(options.folder)
     elif options.dry_run:
@@ -126,6 +127,16 @@ def run_import(options: argparse.Namespace) -> None:
     print(f"{product.kind.capitalize()}: {out}")
 
 
+class ShowVersions(argparse.Action):
+    """The option that prints what an installation is made of, and ends."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *ignored: object) -> None:
+        from dydiff.versions import describe_installation
+
+        print(describe_installation())
+        parser.exit()
+
+
 COMMANDS = {
     "train": (add_train_options, run_train),
     "run": (add_run_options, run_experiment),
@@ -147,6 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_command(arguments: Sequence[str] | None) -> int:
     """Run the command that the arguments name; returns the exit status."""
     parser = make_parser(prog="dydiff", description="Policy-injected trajectory diffusion for offline reinforcement learning.")
+    parser.add_argument("--version", action=ShowVersions, nargs=0, help="show versions, compiled parts and devices, and exit")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=make_parser)
     for name, (add_options, run) in COMMANDS.items():
         hidden = {} if name == "worker" else {"help": run.__doc__}

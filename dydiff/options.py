@@ -205,6 +205,26 @@ def training_settings(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def training_options(settings: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `training_settings`: options of train.py, in their units, for those settings."""
+    network = settings["network"]
+    return {
+        "--dataset": settings["dataset_name"],
+        "--rl_model_type": network["kind"],
+        "--max_length_of_trajectory": network["horizon"],
+        "--dim": network["dim"],
+        "--dim_mults": network["dim_mults"],
+        "--batch-gpu": settings["micro_batch"],
+        "--duration": settings["duration"] / 1e6,
+        "--tick": settings["tick"] / 1e3,
+        "--ramp": settings["lr_ramp"] / 1e6,
+        "--ema": settings["half_life"] / 1e6,
+        "--batch": settings["batch_size"],
+        "--foreign_actions": settings.get("foreign_actions", 0.0),
+        **{f"--{name}": settings[name] for name in ("include_action", "use_cond", "cond_on_action", "lr", "precision", "seed")},
+    }
+
+
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """The options of run_experiment.py (SPEC section 9)."""
     parser.add_argument("-e", "--experiment", type=user_path, required=True, help="experiment file (YAML)")

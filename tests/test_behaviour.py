@@ -9,13 +9,13 @@ from torch.distributions import Independent, Normal, TanhTransform, TransformedD
 
 from dydiff.collecting import behaviour
 from dydiff.collecting.behaviour import SHIPPED, UniformPolicy, load_policy, save_policy, shipped_policies
-from dydiff.collecting.collect import LOCOMOTION
 from dydiff.collecting.episodes import Work, record_episodes
+from dydiff.data.d4rl import LOCAL_LOCOMOTION
 from dydiff.environments import environment_spec
 from dydiff.errors import DydiffError
 
 REPOSITORY = Path(__file__).parents[1]
-every_environment = pytest.mark.parametrize("environment", LOCOMOTION)
+every_environment = pytest.mark.parametrize("environment", LOCAL_LOCOMOTION)
 
 
 def test_the_files_are_small():

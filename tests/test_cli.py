@@ -16,8 +16,10 @@ import h5py
 import numpy as np
 import pytest
 import tiny
+import torch
 from conftest import DATASET, check_refusal, check_usage
 
+import dydiff
 from dydiff.cli import quiet_without_readers
 from dydiff.config import RANGES
 from dydiff.options import MAX_SEED
@@ -56,6 +58,12 @@ def test_help_names_every_command_and_option(command):
         assert outcome.status == 0 and "None" not in outcome.output
         for text in " ".join(outcome.output.split()).split(" --"):  # option by option
             assert text.count("(default:") <= 1 and "(default: False)" not in text, text
+
+
+def test_version_says_what_a_report_needs(command):
+    outcome = command("--version")
+    assert outcome.status == 0 and outcome.output.startswith(f"dydiff {dydiff.__version__}, Python 3.")
+    assert f"torch {torch.__version__}" in outcome.output and "compiled parts: there" in outcome.output.splitlines()[2]
 
 
 def test_misspelt_commands_and_options(command):
@@ -247,7 +255,9 @@ def test_resume_of_the_diffusion_training_wants_the_same_options(train, dataset,
     assert train(dataset).status == 0
     (run,) = (tmp_path / "runs").iterdir()
     check_refusal(train(dataset, f"--resume={run}"), "is finished")
-    check_refusal(train(dataset, f"--resume={run}", "--lr=0.1"), "lr was 0.001, now 0.1")
+    check_refusal(train(dataset, f"--resume={run}", "--lr=0.1"), "other settings: --lr was 0.001, now 0.1. Repeat")
+    told = "--max_length_of_trajectory was 8, now 16, --tick was 0.04, now 2.0. Repeat"
+    check_refusal(train(dataset, f"--resume={run}", "--tick=2", "--max_length_of_trajectory=16", "--duration=1"), told)
     check_refusal(train(dataset, f"--resume={tmp_path}"), "is not a run folder")
 
 
@@ -303,4 +313,5 @@ def test_run_folder_tells_what_was_run(run_stage, dataset, tmp_path):
     assert [line["epoch"] for line in read_log(run)] == list(range(1, 11))
     # The description identifies nothing: with another one the run is still found.
     outcome = run_stage("reward", dataset, "--device=cpu", "--resume", "--set=model_params.lr=2e-3")
-    assert "Already finished" in outcome.output and len(list((tmp_path / "runs").iterdir())) == 1
+    assert "Already finished" in outcome.output and "Nothing is left to do" in outcome.output and "|" not in outcome.errors
+    assert len(list((tmp_path / "runs").iterdir())) == 1

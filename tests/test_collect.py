@@ -5,8 +5,9 @@ import pytest
 from conftest import check_refusal
 
 from dydiff.collecting import collect as collecting
-from dydiff.collecting.collect import LOCAL_DATASETS, _policies_of, collect, collect_arrays
+from dydiff.collecting.collect import _policies_of, collect, collect_arrays
 from dydiff.data import load_dataset, make_transitions
+from dydiff.data.d4rl import LOCAL_DATASETS
 from dydiff.environments import environment_spec
 from dydiff.environments.maze import free_cells, goal_cell
 from dydiff.environments.simulate import roll_out_simulator

@@ -13,10 +13,16 @@ import numpy as np
 import pytest
 
 from dydiff.collecting.behaviour import shipped_policies
-from dydiff.collecting.collect import LOCOMOTION, collect, collect_arrays
+from dydiff.collecting.collect import POLICIES, collect, collect_arrays
 from dydiff.data import load_dataset, read_dataset
+from dydiff.data.d4rl import LOCAL_DATASETS, LOCAL_LOCOMOTION
 from dydiff.environments import environment_spec
 from dydiff.environments.simulate import roll_out_simulator
+
+
+def test_every_name_has_its_recipe():
+    named = {name.removesuffix("-local").partition("-")[2] for name, by in LOCAL_DATASETS.items() if by in LOCAL_LOCOMOTION}
+    assert named == POLICIES.keys()
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +122,7 @@ def test_the_number_of_processes_changes_nothing(replay):
         assert values.dtype == shared[key].dtype and values.tobytes() == shared[key].tobytes(), key
 
 
-@pytest.mark.parametrize("environment", LOCOMOTION)
+@pytest.mark.parametrize("environment", LOCAL_LOCOMOTION)
 def test_a_file_tells_what_made_it(environment, tmp_path):
     name = f"{environment}-medium-local"
     path = collect(name, steps=1200, seed=4, path=tmp_path / "a.hdf5", progress=False)

@@ -210,7 +210,9 @@ def test_missing_local_file_names_the_collector(cache):
         ("hoper-medium-v2", "hopper-medium-v2"),
         ("hopper-medium-v3", "hopper-medium-v2"),
         ("hopper-full-replay-v0", "hopper-full-replay-v"),
-        ("nonsense-local", "hopper-medium-v2"),
+        ("hopper-medium-replay-locl", "hopper-medium-replay-local"),
+        ("maze2d-umaze-locale", "maze2d-umaze-local"),
+        ("nonsense-local", "-local"),
         ("../hopper-local", "dataset"),
         ("", "hopper-medium-v2"),
     ],
@@ -219,6 +221,13 @@ def test_unknown_name_tells_the_nearest(name, nearest):
     with pytest.raises(DydiffError, match="Unknown dataset") as caught:
         load_dataset(name)
     assert nearest in str(caught.value)
+
+
+def test_a_local_name_without_a_recipe_is_not_told_to_be_made(cache):
+    write(cache / "hopper-mine-local.hdf5", make_arrays())
+    with pytest.raises(DydiffError, match="has no recipe for it; the nearest names are hopper-mine-local, ") as caught:
+        load_dataset("hopper-mina-local")
+    assert "Make it" not in str(caught.value)
 
 
 def test_local_data_cannot_pass_for_d4rl(cache):

@@ -88,6 +88,7 @@ MAY_IMPORT = {
     "dydiff.replay": [*FOUNDATION, "dydiff.data"],
     "dydiff.capture": FOUNDATION,
     "dydiff.child": [],
+    "dydiff.versions": ["dydiff", "dydiff.device", "dydiff.kernels"],
 }
 # From the bottom up: a module here may import any part above it in this list, and everything in MAY_IMPORT.
 STOREYS = [

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import tiny
 import torch
 
 from dydiff.collecting.collect import collect
-from dydiff.config import Constants, KeepCondition, RLTrainerParams, TD3BCParams
+from dydiff.config import Constants, KeepCondition, RLTrainerParams, SamplerKwargs, TD3BCParams
 from dydiff.data import Limits, Spaces, ZScore, load_dataset
 from dydiff.environments import environment_spec
 from dydiff.environments.simulate import SimulatedTrajectories
@@ -172,6 +172,8 @@ def test_variants_are_told_apart():
     other_seed, repeated = make_run("1", "a", describe_run(1)), make_run("9", "a", describe_run(0))
     assert names_of(ours, other_seed, base) == [("DyDiff + TD3+BC", [0, 1]), ("TD3+BC", [0])]
     assert group_runs([ours, other_seed, repeated])[0].runs[0] is repeated
+    fast = make_run("6", "a", replace(describe_run(0), sampler_kwargs=SamplerKwargs(fast=True)))
+    assert [name for name, _ in names_of(ours, fast)] == ["DyDiff + TD3+BC", "fast DyDiff + TD3+BC"]
     hardmax = make_run("3", "a", describe_run(0, "hardmax"))
     filters = ["DyDiff + TD3+BC (softmax)", "DyDiff + TD3+BC (hardmax)", "TD3+BC"]
     assert [name for name, _ in names_of(ours, hardmax, base)] == filters

@@ -16,13 +16,12 @@ from tqdm import tqdm
 from dydiff.collecting.behaviour import TanhGaussian, UniformPolicy, shipped_policies
 from dydiff.collecting.episodes import Part, Rows, record_parts
 from dydiff.data import COLLECTOR, check_writable, dataset_path, write_dataset
-from dydiff.data.d4rl import LOCAL_SUFFIX
+from dydiff.data.d4rl import LOCAL_DATASETS, LOCAL_LOCOMOTION, LOCAL_SUFFIX
 from dydiff.data.files import METADATA, Scalar, read_file
 from dydiff.data.writer import check_suffix
 from dydiff.environments import EnvironmentSpec, environment_spec, simulator_version
 from dydiff.errors import DydiffError
 
-LOCOMOTION = ("hopper", "halfcheetah", "walker2d")
 # The shipped policies that make a dataset, in the order of its rows.
 POLICIES = {
     "random": (),
@@ -30,10 +29,6 @@ POLICIES = {
     "medium-replay": ("replay-*", "medium"),  # what was seen on the way to medium
     "medium-expert": ("medium", "expert"),
     "expert": ("expert",),
-}
-LOCAL_DATASETS = {
-    **{f"maze2d-{layout}-local": f"maze2d-{layout}" for layout in ("umaze", "medium", "large")},
-    **{f"{environment}-{quality}-local": environment for environment in LOCOMOTION for quality in POLICIES},
 }
 ACTION_NOISE = 0.5
 ROWS_PER_PROCESS = 20_000  # fewer are recorded before a process has started
@@ -55,7 +50,7 @@ def collect(
 ) -> Path:
     """Record `steps` rows of a local dataset and write them as a D4RL file.
 
-    name: one of LOCAL_DATASETS. path: where to write; by default where `load_dataset(name)` looks. processes: that record
+    name: one of `d4rl.LOCAL_DATASETS`. path: where to write; by default where `load_dataset(name)` looks. processes: that record
     locomotion; None: as many as there are cores. More than one must be asked for under `if __name__ == "__main__":`, as
     always with multiprocessing. On one machine the arrays depend on `name`, `steps` and `seed` alone. force: replace a file that
     is there; without it, one that says that it is this very collection stays and is enough. Returns the path.
@@ -136,7 +131,7 @@ def _check_size(name: str, steps: int, seed: int) -> None:
 def _policies_of(name: str) -> list[TanhGaussian]:
     """The shipped policies that make a dataset, in the order of its rows; none for random actions and mazes."""
     environment, _, quality = name.removesuffix(LOCAL_SUFFIX).partition("-")
-    roles = POLICIES.get(quality, ()) if environment in LOCOMOTION else ()
+    roles = POLICIES.get(quality, ()) if environment in LOCAL_LOCOMOTION else ()
     return [policy for role in roles for policy in shipped_policies(environment, role)]
 
 

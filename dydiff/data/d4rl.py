@@ -17,6 +17,16 @@ LOCAL_SUFFIX = "-local"
 
 LOCOMOTION = ("hopper", "halfcheetah", "walker2d", "ant")
 QUALITIES = ("random", "medium", "expert", "medium-replay", "full-replay", "medium-expert")
+# What `dydiff collect` makes, with the environments.
+LOCAL_LOCOMOTION = ("hopper", "halfcheetah", "walker2d")
+LOCAL_DATASETS = {
+    **{f"maze2d-{layout}{LOCAL_SUFFIX}": f"maze2d-{layout}" for layout in MAZE_EPISODE_STEPS},
+    **{
+        f"{environment}-{quality}{LOCAL_SUFFIX}": environment
+        for environment in LOCAL_LOCOMOTION
+        for quality in ("random", "medium", "medium-replay", "medium-expert", "expert")
+    },
+}
 
 # Steps after which the environment ends an episode of itself, by the environment's name.
 MAX_EPISODE_STEPS = {
@@ -120,18 +130,34 @@ def cache_folder() -> Path:
 def dataset_path(name: str) -> Path:
     """Return where the file of the dataset `name` belongs, whether it exists or not.
 
-    `name` is a D4RL name or ends in "-local". Raises DydiffError, with the nearest known names, for any other.
+    `name` is a D4RL name or ends in "-local". Raises `unknown_dataset` for any other.
     """
     if is_d4rl_name(name):
         return cache_folder() / FILES[name].rsplit("/", 1)[-1]
     if is_local_name(name):
         return cache_folder() / f"{name}.hdf5"
-    nearest = difflib.get_close_matches(name, FILES, n=3, cutoff=0.5) or ["hopper-medium-v2", "maze2d-umaze-v1"]
-    raise DydiffError(
+    raise unknown_dataset(name)
+
+
+def unknown_dataset(name: str, legacy_obstacle: str = "") -> DydiffError:
+    """The error for a name that is none: the nearest ones, and what names there are.
+
+    `legacy_obstacle` says why the `d4rl` package, which knows more of them, was not asked.
+    """
+    nearest = nearest_names(name) or ["hopper-medium-v2", "maze2d-umaze-v1"]
+    others = f". All other names of D4RL's (adroit, kitchen, ...) need the d4rl package, which does not import ({legacy_obstacle})"
+    return DydiffError(
         f"Unknown dataset {name!r}. The nearest known names are {', '.join(nearest)}. A dataset is a D4RL name "
         "(hopper, halfcheetah, walker2d, ant, maze2d or antmaze), a name that starts with an environment and ends in "
-        f"{LOCAL_SUFFIX!r}, for data that `dydiff collect` makes, or the path of a .hdf5, .h5 or .npz file."
+        f"{LOCAL_SUFFIX!r}, for data that `dydiff collect` makes, or the path of a .hdf5, .h5 or .npz file"
+        f"{others if legacy_obstacle else ''}."
     )
+
+
+def nearest_names(name: str) -> list[str]:
+    """The names that come closest: D4RL's, those that `dydiff collect` makes, and local ones whose file is there."""
+    there = [file.stem for file in cache_folder().glob(f"*{LOCAL_SUFFIX}.hdf5")]
+    return difflib.get_close_matches(name, {**FILES, **LOCAL_DATASETS, **dict.fromkeys(there)}, n=3, cutoff=0.5)
 
 
 def environment_of(name: str) -> str | None:

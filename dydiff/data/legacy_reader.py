@@ -10,14 +10,14 @@ from dydiff.data.files import METADATA, Contents, Scalar, keep_scalar
 from dydiff.errors import DydiffError
 
 
-def is_available() -> bool:
-    """Tell whether the package can be imported here."""
+def find_obstacle() -> str:
+    """Say why the package cannot be imported here; empty where it can."""
     try:
         importlib.import_module("d4rl")
         importlib.import_module("gym")
-    except Exception:  # mujoco-py raises bare exceptions where its MuJoCo or a compiler is missing
-        return False
-    return True
+    except Exception as error:  # mujoco-py raises bare exceptions where its MuJoCo or a compiler is missing
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return ""
 
 
 def read_environment(name: str) -> Contents:

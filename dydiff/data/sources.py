@@ -55,7 +55,9 @@ def read_dataset(
         download = os.environ.get(DOWNLOAD_VARIABLE, "").lower() in ("1", "true", "yes")
     if minari_reader.is_minari_id(text):
         return RawDataset(text, None, *minari_reader.read_episodes(text, download))
-    if not d4rl.is_d4rl_name(text) and not d4rl.is_local_name(text) and legacy_reader.is_available():
+    if not d4rl.is_d4rl_name(text) and not d4rl.is_local_name(text):
+        if obstacle := legacy_reader.find_obstacle():
+            raise d4rl.unknown_dataset(text, obstacle)
         return RawDataset(text, None, *legacy_reader.read_environment(text))
     path = d4rl.dataset_path(text)
     if not path.is_file():
@@ -74,8 +76,11 @@ def read_dataset(
 def _describe_missing(name: str, path: Path) -> str:
     if d4rl.is_d4rl_name(name):
         remedy = f"Get it with `dydiff data download {name}` or put {d4rl.dataset_url(name)} into that folder by hand"
-    else:
+    elif name in d4rl.LOCAL_DATASETS:
         remedy = f"Make it with `{COLLECTOR} {name}`"
+    else:
+        nearest = ", ".join(d4rl.nearest_names(name))
+        remedy = f"`{COLLECTOR}` has no recipe for it; the nearest names are {nearest}. Take one of these"
     return (
         f"The dataset {name!r} is not on this machine: there is no file {path.name!r} in {str(path.parent)!r}. "
         f"{remedy}, set the environment variable {d4rl.CACHE_VARIABLE} to the folder that holds it, or give the path "

@@ -46,12 +46,11 @@ def run_data(options: argparse.Namespace) -> None:
 
 def run_list(options: argparse.Namespace) -> None:
     """List the datasets that have names, and which of them are on this machine."""
-    from dydiff.collecting.collect import LOCAL_DATASETS
     from dydiff.data import d4rl
     from dydiff.data.minari_reader import list_minari
 
     print(f"Folder: {d4rl.cache_folder()}")
-    for name in (*d4rl.FILES, *LOCAL_DATASETS):
+    for name in (*d4rl.FILES, *d4rl.LOCAL_DATASETS):
         path = d4rl.dataset_path(name)
         size = f"{path.stat().st_size / 1e6:,.1f} MB" if path.is_file() else "-"
         if options.word in name and not (options.here and size == "-"):

@@ -70,6 +70,9 @@ def run_all(
         print(f"Shard {part} of {parts}: {len(own)} of {len(groups)} runs.")
     jobs = _list_jobs(experiment, own, _worker_command(file, overrides, dataset, root), root, resume)
     pending = skip_finished(jobs)
+    if not pending:
+        print("Nothing is left to do. A greater rl_trainer_params.num_epochs continues finished policies.")
+        return
     if len(pending) == 1:
         (job,) = pending
         with contextlib.ExitStack() as stack:

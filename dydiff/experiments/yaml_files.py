@@ -46,7 +46,10 @@ def parse_yaml(text: str | bytes, complaint: str) -> Any:
         content = yaml.load(text, _Loader)
     except Exception as error:  # beside its own errors PyYAML raises those of what it calls: of a date, of a number, ...
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DydiffError(f"{complaint}: {reason[:400]}.") from error
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+            reason = f"{error.problem} (line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1})"
+        remedy = " Indent with spaces: YAML takes no tabs there." if "found character '\\t'" in reason else ""
+        raise DydiffError(f"{complaint}: {reason[:400]}.{remedy}") from error
     remaining, level, depth = MAX_VALUES, [content], 0
     while level:  # level by level, so that aliases, of which a few lines stand for 2^60 values, are counted and not followed
         remaining, depth = remaining - len(level), depth + 1

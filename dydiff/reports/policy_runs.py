@@ -51,8 +51,9 @@ class PolicyRun:
 
     @property
     def short_name(self) -> str:
-        """The algorithm, and whether DyDiff is with it."""
-        return ("DyDiff + " if self.uses_dydiff else "") + ALGORITHM_NAMES[self.settings["stage"]]
+        """The algorithm, and whether DyDiff, or DyDiff in fast mode, is with it."""
+        with_it = "fast DyDiff + " if self.constants.sampler_kwargs.fast else "DyDiff + "
+        return (with_it if self.uses_dydiff else "") + ALGORITHM_NAMES[self.settings["stage"]]
 
     @property
     def changed_settings(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ def _measure_rollouts(subject: Subject, folder: Path, starts: int, seed: int) ->
     record = {
         "horizon": engine.horizon,
         "iterations": engine.iterations,
+        "fast": None if engine.fast is None else dataclasses.asdict(engine.fast),
         "starts": len(comparison.simulated.reward),
         "seed": seed,
         "models": describe_models(subject.models, problem.dataset, engine.dynamics),
@@ -87,7 +89,7 @@ def _rollout_text(record: dict[str, Any]) -> str:
         f"from {record['dataset']} ({record['rows']:,} rows). The policy acts closed loop in the simulator and in both models;",
         f"it is the last one of {record['policy']}.",
         f"Single-step: {ensemble['networks']} networks, {ensemble['parameters']:,} parameters in all.",
-        f"DyDiff: {record['horizon']} rows, {record['iterations']} policy injections, "
+        f"DyDiff: {record['horizon']} rows, {record['iterations']} policy injections{_mode(record['fast'])}, "
         f"{len(diffusion)} diffusion model(s) of {diffusion[0]['parameters']:,} parameters"
         + (f", trained on {windows:,} windows." if windows else "."),
         "No motion: what a model that stays at the start would score.",
@@ -102,6 +104,12 @@ def _rollout_text(record: dict[str, Any]) -> str:
             rows.append([str(step), str(record["alive"][step]), *figures])
         text += ["", title, format_table(rows)]
     return "\n".join(text)
+
+
+def _mode(fast: dict[str, Any] | None) -> str:
+    if fast is None:
+        return ""
+    return f" in fast mode ({fast['first_evaluations']} network evaluations, then {fast['warm_evaluations']} each)"
 
 
 def _score_text(record: dict[str, Any], steps: int) -> str:

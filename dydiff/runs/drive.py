@@ -83,7 +83,10 @@ def drive(
                     pause = (last - began) / SHARE if last - began > LONG else 0.0
                 if stopped_by is not None and not stage.finished:
                     status = "interrupted"
-                    raise Interrupted(f"Stopped by signal {stopped_by} after epoch {stage.epoch}; the state is saved.")
+                    raise Interrupted(
+                        f"Stopped by signal {stopped_by} after epoch {stage.epoch}; the state is saved in '{run.folder}'. To go "
+                        "on, repeat the command with --resume, that of train.py with --resume and this folder."
+                    )
     except BaseException:
         with contextlib.suppress(DydiffError):  # what keeps the status from being written says the first error already
             run.close(status)

@@ -67,10 +67,13 @@ def find_run_of(
     return next((folder for folder, stored in runs if stored == settings or complete(stored) == settings), None)
 
 
-def find_unfinished(folder: Path, settings: dict[str, Any], free: Sequence[str] = ()) -> Path:
+def find_unfinished(
+    folder: Path, settings: dict[str, Any], free: Sequence[str], to_options: Callable[[dict[str, Any]], dict[str, Any]]
+) -> Path:
     """Check that `folder` (or the folder of a file in it) holds an unfinished run with these settings, but for the `free` ones.
 
     Free settings are lengths: a finished run counts as unfinished when one is greater now, and is left alone otherwise.
+    `to_options` gives the options, by name, that settings come from: those that messages speak of.
 
     Raises:
         DydiffError: no run there, one that is finished, or one with other settings (names them).
@@ -81,7 +84,9 @@ def find_unfinished(folder: Path, settings: dict[str, Any], free: Sequence[str] 
         raise DydiffError(f"'{folder}' is not a run folder, so there is nothing to resume.")
     different = [key for key in settings if theirs.get(key) != settings[key] and key not in free]
     if different:
-        pairs = ", ".join(f"{key} was {theirs.get(key)!r}, now {settings[key]!r}" for key in different)
+        before, now = to_options({**settings, **theirs}), to_options(settings)
+        changed = [name for name in now if before[name] != now[name] and name.lstrip("-") not in free]
+        pairs = ", ".join(f"{name} was {before[name]}, now {now[name]}" for name in changed)
         raise DydiffError(f"The run in '{folder}' was started with other settings: {pairs}. Repeat its options to resume it.")
     if record["status"] == "finished" and not any(settings[key] > theirs[key] for key in free):
         remedy = f" A longer {' or '.join(f'--{key}' for key in free)} would continue it." if free else ""
