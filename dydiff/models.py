@@ -87,6 +87,7 @@ class Policy:
     """A trained agent with its spaces; `policy(observation)` acts in raw space, [n, O] -> [n, A] numpy arrays.
 
     Actions that are drawn come from `generator`; without one, from a generator of its own, made with seed 0 when it was loaded.
+    DydiffError for something else in its place.
     """
 
     agent: Agent
@@ -97,6 +98,8 @@ class Policy:
         self._own_generator = torch.Generator().manual_seed(0)
 
     def __call__(self, observation: np.ndarray, generator: torch.Generator | None = None) -> np.ndarray:
+        if not isinstance(generator, torch.Generator | None):
+            raise DydiffError(f"generator must be a torch.Generator, or None for the policy's own, not {describe(generator)}.")
         act = partial(self.agent.act_for_evaluation, generator=generator or self._own_generator)
         return in_raw_space(act, self.spaces)(observation)
 

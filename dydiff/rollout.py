@@ -262,8 +262,9 @@ def score(reward_model: RewardModel, trajectory: Trajectory) -> Tensor:
     Raises:
         DydiffError: something else in the place of one of them.
     """
+    rewards = callable(reward_model) and not isinstance(reward_model, DynamicsEnsemble)
     for name, value, fits, remedy in (
-        ("reward_model", reward_model, callable(reward_model), "what load_reward gives"),
+        ("reward_model", reward_model, rewards, "what load_reward gives"),
         ("trajectory", trajectory, isinstance(trajectory, Trajectory), "what RolloutEngine.roll_out gives"),
     ):
         if not fits:

@@ -202,7 +202,8 @@ def test_other_things_than_a_dataset_or_a_rollout_are_named(tmp_path):
     assert "dataset must be what load_dataset gives" in refusal(load_diffusion_model, tmp_path, make_spaces())
     trajectory = make_engine().roll_out(act, starts(), generator())
     assert "trajectory must be what RolloutEngine.roll_out gives" in refusal(score, act, tuple(trajectory))
-    assert "reward_model must be what load_reward gives" in refusal(score, trajectory, act)
+    for wrong in (trajectory, DynamicsEnsemble(OBSERVATION_DIM, ACTION_DIM)):
+        assert "reward_model must be what load_reward gives" in refusal(score, wrong, trajectory)
 
 
 def test_the_home_folder_in_paths_of_models(monkeypatch, tmp_path):
@@ -287,6 +288,7 @@ def test_observations_of_another_width_are_not_broadcast(tmp_path):
     policy, raw = save_policy(tmp_path, "td3_bc"), starts().numpy()
     for wrong, given in ((raw[:, :1], "[5, 1]"), (raw[0], "[3]")):
         assert f"observation must be a torch tensor [B, 3] on cpu, not one {given}" in refusal(policy, wrong)
+    assert "generator must be a torch.Generator, or None for the policy's own, not 3" in refusal(policy, raw, 3)
     policy.agent.act_for_evaluation = lambda observation, generator: observation[:, :1]
     with pytest.raises(DydiffError, match=r"What the policy returns must be a torch tensor \[5, 2\]"):
         policy(raw)
