@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harness import documented_parser, parse_integers
+from command_line import documented_parser, output_file, several, tells_errors
 from machine import describe_machine
 from torch import Tensor
 
@@ -34,6 +34,8 @@ from dydiff.device import find_device
 from dydiff.diffusion.sampler import sample_edm
 from dydiff.environments.simulate import roll_out_simulator, state_from_observation
 from dydiff.errors import DydiffError
+from dydiff.options import positive
+from dydiff.options import seed as parse_seed
 from dydiff.reports.comparison import draw_cases
 from dydiff.reports.policy_runs import Subject, load_subject
 from dydiff.reports.tables import format_table, plus_minus
@@ -93,30 +95,26 @@ def measure(subject: Subject, starts: int, kept_rows: Sequence[int], seed: int) 
     return lines
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@tells_errors
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = documented_parser(__doc__)
     parser.add_argument("--outdir", type=Path, default=Path("training-runs"), help="folder with the runs")
     parser.add_argument("--dataset", required=True, help="dataset that they were trained on")
-    parser.add_argument("--starts", type=int, default=128, help="windows")
-    parser.add_argument("--kept", type=parse_integers, default=[1, 4, 16], help="actions that are kept (k)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    parser.add_argument("--starts", type=positive(int), default=128, help="windows")
+    parser.add_argument("--kept", type=several(positive(int)), default=[1, 4, 16], help="actions that are kept (k)")
+    parser.add_argument("--seed", type=parse_seed, default=0, help="of everything random")
     parser.add_argument("--device", default="auto", help="cpu, cuda:0, ...; auto takes a GPU if there is one")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write all numbers")
     options = parser.parse_args(arguments)
-    try:
-        device = find_device(options.device)
-        lines = measure(load_subject(options.outdir, options.dataset, device), options.starts, options.kept, options.seed)
-        names = list(dict.fromkeys(line["later"] for line in lines))
-        found = {(line["later"], line["kept"]): line["error"] for line in lines}
-        rows = [[name, *(plus_minus(*found[name, kept].values(), 3) for kept in options.kept)] for name in names]
-        print(format_table([["later actions", *(f"rows 1 .. {kept}" for kept in options.kept)], *rows]))
-        if options.json:
-            text = json.dumps({"machine": describe_machine(device), "lines": lines}, indent=1) + "\n"
-            write_atomically(options.json, lambda path: path.write_text(text))
-    except DydiffError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    device = find_device(options.device)
+    lines = measure(load_subject(options.outdir, options.dataset, device), options.starts, options.kept, options.seed)
+    names = list(dict.fromkeys(line["later"] for line in lines))
+    found = {(line["later"], line["kept"]): line["error"] for line in lines}
+    rows = [[name, *(plus_minus(*found[name, kept].values(), 3) for kept in options.kept)] for name in names]
+    print(format_table([["later actions", *(f"rows 1 .. {kept}" for kept in options.kept)], *rows]))
+    if options.json:
+        text = json.dumps({"machine": describe_machine(device), "lines": lines}, indent=1) + "\n"
+        write_atomically(options.json, lambda path: path.write_text(text))
 
 
 if __name__ == "__main__":

@@ -27,18 +27,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import (
-    Case,
-    Failures,
-    Patience,
-    Session,
-    Variant,
-    add_network_options,
-    insist_on_known,
-    make_timing_parser,
-    parse_words,
-    run_benchmark,
-)
+from command_line import add_network_options, make_timing_parser, some_of
+from harness import Case, Failures, Patience, Session, Variant, run_benchmark
 from results import show_seconds
 from torch import Tensor
 from update_baselines import TD3BC as PublishedTD3BC
@@ -54,6 +44,7 @@ from dydiff.evaluation_worker import EvaluationWorker, PolicyEvaluator, describe
 from dydiff.filters import keep_mask
 from dydiff.models import in_raw_space
 from dydiff.networks.policy import TanhGaussianPolicy
+from dydiff.options import positive
 from dydiff.replay import ReplayBuffer
 from dydiff.reward import RewardModel
 from dydiff.rollout import Trajectory, make_synthetic_transitions, score
@@ -236,17 +227,16 @@ def run_case(name: str, session: Session) -> None:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = make_timing_parser(__doc__, quick="four starts, short evaluations, one repetition")
-    parser.add_argument("--cases", type=parse_words, default=list(CASES), help=f"some of {','.join(CASES)}")
-    parser.add_argument("--variants", type=parse_words, default=list(VARIANTS), help=f"of epoch, some of {','.join(VARIANTS)}")
-    parser.add_argument("--starts", type=int, help="start states of a rollout (default: 16 on a CPU, 2048 on a GPU; --quick: 4)")
-    parser.add_argument("--horizon", type=int, default=100, help="rows of a rollout")
-    parser.add_argument("--num-steps", type=int, default=NUM_STEPS, help="noise levels of the sampler")
-    parser.add_argument("--evaluation-steps", type=int, help="environment steps of an evaluation (default: 5000, --quick: 1000)")
+    number = positive(int)
+    parser.add_argument("--cases", type=some_of(CASES), default=list(CASES), help=f"some of {','.join(CASES)}")
+    variants = f"of epoch, some of {','.join(VARIANTS)}"
+    parser.add_argument("--variants", type=some_of(VARIANTS), default=list(VARIANTS), help=variants)
+    parser.add_argument("--starts", type=number, help="start states of a rollout (default: 16 on a CPU, 2048 on a GPU; --quick: 4)")
+    parser.add_argument("--horizon", type=number, default=100, help="rows of a rollout")
+    parser.add_argument("--num-steps", type=number, default=NUM_STEPS, help="noise levels of the sampler")
+    parser.add_argument("--evaluation-steps", type=number, help="environment steps of an evaluation (default: 5000, --quick: 1000)")
     add_network_options(parser)
-    options = parser.parse_args(arguments)
-    insist_on_known(parser, options.cases, CASES)
-    insist_on_known(parser, options.variants, VARIANTS)
-    return options
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

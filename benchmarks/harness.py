@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import math
 import statistics
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import describe_size, tells_errors
 from machine import describe_machine
 from results import draw, table_header, table_rows
 from torch import Tensor
@@ -31,10 +33,9 @@ from dydiff.errors import DydiffError
 # Largest relative error (2-norm) against the trusted output. "tf32": float32 with PyTorch's default TF32 convolutions.
 LIMITS = {"float64": 1e-6, "float32": 1e-3, "tf32": 2e-2, "bfloat16": 2e-2, "float16": 2e-2}
 BASELINE = "published"  # speed-ups are over this variant of the same case
-FULL_SIZE = 128, (1, 4, 8)  # dim and dim_mults of the U-Net
 
 
-class BenchmarkError(Exception):
+class BenchmarkError(DydiffError):
     """A variant computes something else or cannot run here, or no variant is left."""
 
 
@@ -50,7 +51,7 @@ class Failures:
         try:
             yield
         except Exception as error:  # whatever a kernel, a compiler or a library raises
-            text = str(error) if isinstance(error, (BenchmarkError, DydiffError)) else f"{type(error).__name__}: {error}"
+            text = str(error) if isinstance(error, DydiffError) else f"{type(error).__name__}: {error}"
             self.told.append(f"{what}: {text.strip()}")
             print(f"error: {self.told[-1]}", file=sys.stderr, flush=True)
 
@@ -252,47 +253,6 @@ def append_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
         file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
-def parse_words(text: str) -> list[str]:
-    """A comma-separated list, for argparse."""
-    return text.split(",")
-
-
-def parse_integers(text: str) -> list[int]:
-    """The same of integers."""
-    return [int(word) for word in text.split(",")]
-
-
-def documented_parser(documentation: str) -> argparse.ArgumentParser:
-    """A parser that shows a script's documentation: its first line above the options, the rest below."""
-    description, _, details = documentation.partition("\n\n")
-    return argparse.ArgumentParser(
-        description=description, epilog=details, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-
-
-def make_timing_parser(documentation: str, quick: str) -> argparse.ArgumentParser:
-    """The same with the options that every timing benchmark has; `quick` says what --quick changes."""
-    parser = documented_parser(documentation)
-    parser.add_argument("--quick", action="store_true", help=quick)
-    parser.add_argument("--device", default="auto", help="cpu, cuda:0, ...; auto takes a GPU if there is one")
-    parser.add_argument("--seconds", type=float, help="how long to time each variant of a case (default: 10, --quick: 2)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON object a line")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw times and shares of the matrix rate")
-    return parser
-
-
-def add_network_options(parser: argparse.ArgumentParser) -> None:
-    """The U-Net's size."""
-    parser.add_argument("--dim", type=int, default=FULL_SIZE[0], help="width of the network; a small one to try things out")
-    parser.add_argument("--dim-mults", type=parse_integers, default=list(FULL_SIZE[1]), help="widths by level, times dim")
-
-
-def insist_on_known(parser: argparse.ArgumentParser, given: Sequence[str], known: Sequence[str]) -> None:
-    """End the program with a message if a case or variant that was asked for does not exist."""
-    if unknown := set(given) - set(known):
-        parser.error(f"unknown {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-
-
 class Session:
     """One run of a benchmark: what its cases share, and the records so far. Needs the options of `make_timing_parser`."""
 
@@ -317,6 +277,7 @@ class Session:
         extra: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         """Print a case's lines, and append them to --json with what is `extra` to know of each variant."""
+        case = dataclasses.replace(case, note="; ".join(filter(None, [case.note, describe_size(self.options)])))
         lines = make_lines(case, measurements, self.machine, self.rates, peaks or {})
         print(table_rows(lines), flush=True)
         lines = [line | (extra or {}).get(line["variant"], {}) for line in lines]
@@ -325,21 +286,21 @@ class Session:
         self.records += lines
 
 
+@tells_errors
 def run_benchmark(options: argparse.Namespace, measure: Callable[[Session], None]) -> int:
     """Find the device, let `measure` measure, show what it found; returns the exit status."""
+    options.device = find_device(options.device)
+    if options.device.startswith("cuda"):
+        torch.cuda.set_device(options.device)  # events are recorded on the current one
+    options.seconds = options.seconds or (2.0 if options.quick else 10.0)
+    session = Session(options)
+    print(", ".join(f"{name} {value}" for name, value in session.machine.items()))
+    print(table_header())
     try:
-        options.device = find_device(options.device)
-        if options.device.startswith("cuda"):
-            torch.cuda.set_device(options.device)  # events are recorded on the current one
-        options.seconds = options.seconds or (2.0 if options.quick else 10.0)
-        session = Session(options)
-        print(", ".join(f"{name} {value}" for name, value in session.machine.items()))
-        print(table_header())
         measure(session)
-        print("Large matrix products: " + ", ".join(f"{dtype} {rate / 1e12:.3g} TFLOP/s" for dtype, rate in session.rates.items()))
-        if options.plot:
+        rates = ", ".join(f"{dtype} {rate / 1e12:.3g} TFLOP/s" for dtype, rate in session.rates.items())
+        print(f"Large matrix products: {rates}")
+    finally:  # whatever ends it, what was measured is drawn
+        if options.plot and session.records:
             draw(session.records, options.plot)
-    except (BenchmarkError, DydiffError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     return session.failures.status()

@@ -21,11 +21,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
-from harness import append_lines, documented_parser, insist_on_known, parse_integers, parse_words
+from command_line import documented_parser, output_file, several, some_of, tells_errors
+from harness import append_lines
 from machine import describe_machine
 from update_baselines import TD3BC, Replay, sample_published
 
@@ -36,11 +36,14 @@ from dydiff.evaluate import Evaluator, episode_seed
 from dydiff.evaluation_worker import PolicyEvaluator, describe_evaluation
 from dydiff.experiments.seeds import SeedTrainers
 from dydiff.models import in_raw_space
+from dydiff.options import positive
+from dydiff.options import seed as parse_seed
 from dydiff.problem import Problem, load_problem
 from dydiff.replay import ReplayBuffer
 from dydiff.reports.tables import format_table, plus_minus
 from dydiff.reports.uncertainty import bootstrap_difference, standard_error
 from dydiff.trainer import Evaluation, PolicyTrainer, Saving
+from dydiff.updates import MODES
 
 BATCH, LONGEST = 256, 1000
 
@@ -136,42 +139,37 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = documented_parser(__doc__)
     parser.add_argument("--dataset", required=True, help="dataset with a simulator")
     parser.add_argument("--agent", choices=list(AGENTS), default="td3_bc")
-    parser.add_argument("--variants", type=parse_words, default=["published", "ours"], help=f"some of {','.join(VARIANTS)}")
-    parser.add_argument("--seeds", type=parse_integers, default=[0, 1, 2], help="seeds of each trainer")
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--updates", type=int, default=500, help="of an epoch")
-    parser.add_argument("--steps", type=int, default=5000, help="environment steps of an evaluation")
-    parser.add_argument("--mode", default="eager", help="update mode of ours: auto, eager, compiled, graph")
+    parser.add_argument("--variants", type=some_of(VARIANTS), default=["published", "ours"], help=f"some of {','.join(VARIANTS)}")
+    parser.add_argument("--seeds", type=several(parse_seed), default=[0, 1, 2], help="seeds of each trainer")
+    parser.add_argument("--epochs", type=positive(int), default=10)
+    parser.add_argument("--updates", type=positive(int), default=500, help="of an epoch")
+    parser.add_argument("--steps", type=positive(int), default=5000, help="environment steps of an evaluation")
+    parser.add_argument("--mode", choices=MODES, default="eager", help="update mode of ours")
     parser.add_argument("--device", default="auto", help="cpu, cuda:0, ...; auto takes a GPU if there is one")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append one JSON object a trainer")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="append one JSON object a trainer")
     options = parser.parse_args(arguments)
-    insist_on_known(parser, options.variants, VARIANTS)
     if options.agent != "td3_bc" and "published" in options.variants:
         parser.error("the published-style trainer is TD3+BC's only; use --variants ours,bf16")
     return options
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@tells_errors
+def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    try:
-        options.device = find_device(options.device)
-        problem = load_problem(options.dataset)
-        if problem.spec is None:
-            raise DydiffError(f"'{options.dataset}' has no simulator here, so there are no returns to compare.")
-        curves = {}
-        for name in options.variants:
-            curves[name], seconds = VARIANTS[name](problem, options)
-            print(f"{name}: {seconds:.1f} s of updates a seed", flush=True)
-            if options.json:
-                line = {"variant": name, "agent": options.agent, "dataset": problem.dataset.name, "seeds": options.seeds}
-                line |= {"updates": options.updates, "returns": curves[name].tolist(), "seconds": seconds}
-                line |= describe_machine(options.device)
-                append_lines(options.json, [line])
-        print(compare(curves, options.updates))
-    except DydiffError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    options.device = find_device(options.device)
+    problem = load_problem(options.dataset)
+    if problem.spec is None:
+        raise DydiffError(f"'{options.dataset}' has no simulator here, so there are no returns to compare.")
+    curves = {}
+    for name in options.variants:
+        curves[name], seconds = VARIANTS[name](problem, options)
+        print(f"{name}: {seconds:.1f} s of updates a seed", flush=True)
+        if options.json:
+            line = {"variant": name, "agent": options.agent, "dataset": problem.dataset.name, "seeds": options.seeds}
+            line |= {"updates": options.updates, "returns": curves[name].tolist(), "seconds": seconds}
+            line |= describe_machine(options.device)
+            append_lines(options.json, [line])
+    print(compare(curves, options.updates))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from harness import documented_parser, insist_on_known, parse_integers, parse_words
+from command_line import documented_parser, several, some_of
 from returns_report import write_report
 
 from dydiff.data import load_dataset
@@ -39,7 +39,8 @@ from dydiff.errors import DydiffError
 from dydiff.experiments.experiment import ALGORITHMS
 from dydiff.experiments.workers import Job, list_jobs, run_jobs, skip_finished
 from dydiff.models import DIFFUSION, DYNAMICS, REWARD
-from dydiff.options import add_train_options, make_parser, training_settings
+from dydiff.options import add_train_options, make_parser, parse_ints, positive, training_settings
+from dydiff.options import seed as parse_seed
 from dydiff.runs import find_run_of, list_settings, new_folder
 from dydiff.runs.model_files import find_model
 
@@ -185,12 +186,12 @@ def write_experiment(file: Path, constants: dict[str, Any], seeds: Sequence[int]
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = documented_parser(__doc__)
     add = parser.add_argument
-    add("--datasets", "--dataset", type=parse_words, default=[], help="D4RL names, local names or files, separated by commas")
+    add("--datasets", "--dataset", type=several(str), default=[], help="D4RL names, local names or files, separated by commas")
     add("--out", type=Path, default=Path("training-runs/offline-returns"), help="folder of the runs and the report")
-    add("--algorithms", type=parse_words, default=["td3_bc", "diffusion_ql"], help=f"some of {','.join(SECTIONS)}")
-    add("--methods", type=parse_words, default=list(METHODS), help=f"some of {','.join(METHODS)}")
-    add("--seeds", type=parse_integers, default=[0, 1, 2])
-    add("--workers", type=int, help="runs side by side (default: one a core, or one on a GPU)")
+    add("--algorithms", type=some_of(SECTIONS), default=["td3_bc", "diffusion_ql"], help=f"some of {','.join(SECTIONS)}")
+    add("--methods", type=some_of(METHODS), default=list(METHODS), help=f"some of {','.join(METHODS)}")
+    add("--seeds", type=several(parse_seed), default=[0, 1, 2])
+    add("--workers", type=positive(int), help="runs side by side (default: one a core, or one on a GPU)")
     add("--device", default="auto", help="cpu, cuda:0, ...; auto takes a GPU if there is one")
     add("--small", action="store_true", help="sizes for two CPU cores: " + ", ".join(f"{k} {v}" for k, v in SMALL.items()))
     add("--report-only", action="store_true", help="train nothing; report on what is finished")
@@ -201,33 +202,31 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     models.add_argument("--reward", help="reward model: run folder or file")
     sizes = parser.add_argument_group("sizes of the models that it trains")
     add = sizes.add_argument
-    add("--horizon", type=int, default=100, help="rows of a rollout")
-    add("--dim", type=int, default=128, help="width of the U-Net")
-    add("--dim-mults", type=parse_integers, default=[1, 4, 8], help="its widths by level, times dim")
-    add("--duration", type=float, default=4.0, help="length of its training, in millions of windows")
-    add("--batch", type=int, default=8, help="windows per update")
-    add("--lr", type=float, default=1e-3, help="its step size")
-    add("--ramp", type=float, default=10.0, help="windows over which its step size grows, in millions")
-    add("--one-step-epochs", type=int, help="cap on the epochs of dynamics and reward model")
-    add("--one-step-updates", type=int, help="their updates an epoch (default: once through the data)")
-    add("--one-step-lr", type=float, help="their step size")
+    add("--horizon", type=positive(int), default=100, help="rows of a rollout")
+    add("--dim", type=positive(int), default=128, help="width of the U-Net")
+    add("--dim-mults", type=parse_ints, default=[1, 4, 8], help="its widths by level, times dim")
+    add("--duration", type=positive(float), default=4.0, help="length of its training, in millions of windows")
+    add("--batch", type=positive(int), default=8, help="windows per update")
+    add("--lr", type=positive(float), default=1e-3, help="its step size")
+    add("--ramp", type=positive(float), default=10.0, help="windows over which its step size grows, in millions")
+    add("--one-step-epochs", type=positive(int), help="cap on the epochs of dynamics and reward model")
+    add("--one-step-updates", type=positive(int), help="their updates an epoch (default: once through the data)")
+    add("--one-step-lr", type=positive(float), help="their step size")
     policies = parser.add_argument_group("sizes of the policy trainings (default: the method's)")
     add = policies.add_argument
-    add("--epochs", type=int, help="epochs of rollout, updates and evaluation")
-    add("--updates", type=int, help="updates an epoch")
-    add("--starts", type=int, help="start states of a rollout")
-    add("--rollout-every", type=int, help="epochs from one rollout to the next")
-    add("--iterations", type=int, help="policy injections of a rollout")
+    add("--epochs", type=positive(int), help="epochs of rollout, updates and evaluation")
+    add("--updates", type=positive(int), help="updates an epoch")
+    add("--starts", type=positive(int), help="start states of a rollout")
+    add("--rollout-every", type=positive(int), help="epochs from one rollout to the next")
+    add("--iterations", type=positive(int), help="policy injections of a rollout")
     add("--fast", action="store_true", help="fast mode: far fewer network evaluations a rollout; not the method's sampler")
-    add("--hidden", type=parse_integers, help="hidden widths of policy and critics (Diffusion-QL: of the critics)")
-    add("--eval-steps", type=int, help="environment steps of an evaluation, at least")
-    add("--eval-every", type=int, help="epochs from one evaluation to the next")
+    add("--hidden", type=parse_ints, help="hidden widths of policy and critics (Diffusion-QL: of the critics)")
+    add("--eval-steps", type=positive(int), help="environment steps of an evaluation, at least")
+    add("--eval-every", type=positive(int), help="epochs from one evaluation to the next")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="any other setting of dydiff/config.py; repeatable")
     if parser.parse_args(arguments).small:
         parser.set_defaults(**SMALL)
     options = parser.parse_args(arguments)
-    insist_on_known(parser, options.algorithms, list(SECTIONS))
-    insist_on_known(parser, options.methods, list(METHODS))
     if not options.datasets and not options.report_only:
         parser.error("name a dataset with --dataset")
     # A run is known again by its settings, and paths are among them.

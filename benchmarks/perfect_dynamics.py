@@ -23,10 +23,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import documented_parser, parse_integers
+from command_line import documented_parser, output_file, several, tells_errors
 from machine import describe_machine
 from torch import Tensor
 
+from dydiff.agents import AGENTS
 from dydiff.agents.td3_bc import TD3BC, TD3BCNoise
 from dydiff.checkpoint import write_atomically
 from dydiff.config import Constants, from_mapping
@@ -36,6 +37,7 @@ from dydiff.errors import DydiffError
 from dydiff.experiments.experiment import Variant, override
 from dydiff.experiments.policy_stage import build_policies, find_models
 from dydiff.models import in_raw_space
+from dydiff.options import seed as parse_seed
 from dydiff.problem import Problem, load_problem
 from dydiff.progress import Progress
 from dydiff.reports.tables import format_table, plus_minus
@@ -91,11 +93,13 @@ def train(
         DydiffError: no run with rollouts is there, its data or models are gone, or `clone_real` is asked of another algorithm.
     """
     settings = read_settings(run)
-    if settings is None or "diff_model_params" not in settings.get("constants", {}):
-        raise DydiffError(f"'{run}' is no run of a policy with DyDiff. Name run folders of one.")
+    if settings is None or settings.get("stage") not in AGENTS:
+        raise DydiffError(f"'{run}' is no run of a policy. Name run folders of policies that were trained with DyDiff.")
     override(settings["constants"], [*changes, *([] if seed is None else [f"seed={seed}"])])
     constants = from_mapping(Constants, settings["constants"], f"{run / 'settings.yaml'}: constants")
     problem = load_problem(constants.dataset_name, constants.env_specs.env_name, constants.env_specs.backend)
+    if constants.rl_trainer_params.real_ratio >= 1:
+        raise DydiffError(f"'{run}' was trained without DyDiff: it has no rollouts to replace. Name runs with it.")
     variant = Variant(settings["stage"], constants, {}, 0)
     with Progress(run.name) as progress:
         models = find_models(constants, problem, run.parent)
@@ -133,14 +137,15 @@ def show(line: dict[str, Any]) -> list[str]:
     return [line["rollouts"], *(plus_minus(figure["mean"], figure["standard_error"], 1) for figure in figures)]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@tells_errors
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = documented_parser(__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders of policies trained with DyDiff")
-    parser.add_argument("--seeds", type=parse_integers, default=[None], metavar="N,N", help="instead of each run's own seed")
+    parser.add_argument("--seeds", type=several(parse_seed), default=[None], metavar="N,N", help="instead of each run's own seed")
     parser.add_argument("--true-reward", action="store_true", help="take rewards from the simulator too")
     parser.add_argument("--clone-real", action="store_true", help="TD3+BC: clone the data's actions alone")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting of the runs; repeatable")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers, anew after every training")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write all numbers, anew after every training")
     options = parser.parse_args(arguments)
     recorded = [[line["evaluation/return"] for line in read_log(run) if "evaluation/return" in line] for run in options.runs]
     name = ", ".join(
@@ -150,18 +155,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     about = {"runs": [run.name for run in options.runs], "seeds": options.seeds, "machine": describe_machine("cpu")}
     curves = []
     for run, seed in itertools.product(options.runs, options.seeds):
-        try:
-            epochs, returns = train(run, seed, options.true_reward, options.clone_real, options.set, partial(print, flush=True))
-        except DydiffError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
+        epochs, returns = train(run, seed, options.true_reward, options.clone_real, options.set, partial(print, flush=True))
         curves.append(returns)
         if options.json:
             text = json.dumps(about | {"epochs": epochs, "lines": [*lines, describe(name, curves)]}, indent=1) + "\n"
             write_atomically(options.json, lambda path, text=text: path.write_text(text))
     rows = map(show, [*lines, describe(name, curves)])
     print(format_table([["rollouts", "last return", "mean of the last five", "best return"], *rows]))
-    return 0
 
 
 if __name__ == "__main__":

@@ -34,20 +34,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from baselines import PlainUNet
-from harness import (
-    BenchmarkError,
-    Case,
-    Patience,
-    Session,
-    Variant,
-    add_network_options,
-    check_output,
-    make_timing_parser,
-    parse_integers,
-    parse_words,
-    run_benchmark,
-    time_call,
-)
+from command_line import add_network_options, make_timing_parser, several, some_of
+from harness import Case, Patience, Session, Variant, check_output, run_benchmark, time_call
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -56,6 +44,7 @@ from dydiff.device import has_fast_bf16
 from dydiff.diffusion.edm import Denoiser, draw_sigma, edm_loss
 from dydiff.diffusion.training import DiffusionTrainer
 from dydiff.networks.unet import UNet
+from dydiff.options import positive
 
 OBSERVATION_DIM, ACTION_DIM = 11, 3  # hopper
 DATA_DIM = OBSERVATION_DIM + ACTION_DIM
@@ -230,18 +219,12 @@ def ema_beta(seen: int, batch: int) -> float:
 
 
 def build_runner(name: str, work: Workload, quick: bool) -> Runner:
-    """A variant by its name.
-
-    Raises:
-        BenchmarkError: there is none of that name.
-    """
+    """A variant by its name."""
     if name == "published":
         return Published(work)
     if name == "stock":
         return Stock(work, compile=not quick)
-    if name in ("reference", "ours", *ON_REQUEST):
-        return Ours(work, {"reference": "float32", "ours": "auto"}.get(name, name))
-    raise BenchmarkError(f"There is no variant '{name}'; choose of {', '.join(VARIANTS + ON_REQUEST)}.")
+    return Ours(work, {"reference": "float32", "ours": "auto"}.get(name, name))
 
 
 def named_gradient(network: nn.Module, work: Workload) -> Tensor:
@@ -288,9 +271,10 @@ def run_shape(batch: int, horizon: int, session: Session) -> None:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = make_timing_parser(__doc__, quick="few repetitions, nothing is compiled")
-    parser.add_argument("--batch", type=parse_integers, default=[8], help="windows an update, such as 8,64")
-    parser.add_argument("--horizon", type=parse_integers, default=[100], help="rows, such as 32,100")
-    parser.add_argument("--variants", type=parse_words, help=f"some of {','.join(VARIANTS + ON_REQUEST)}")
+    parser.add_argument("--batch", type=several(positive(int)), default=[8], help="windows an update, such as 8,64")
+    parser.add_argument("--horizon", type=several(positive(int)), default=[100], help="rows, such as 32,100")
+    names = VARIANTS + ON_REQUEST
+    parser.add_argument("--variants", type=some_of(names), help=f"some of {','.join(names)}")
     add_network_options(parser)
     return parser.parse_args(arguments)
 

@@ -49,7 +49,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import documented_parser, parse_integers
+from command_line import documented_parser, output_file, picture_file, several, tells_errors
 from machine import describe_machine
 from probe_policies import clone_behaviour, distance_from_data, perturb
 
@@ -58,6 +58,8 @@ from dydiff.device import find_device
 from dydiff.diffusion.fast_sampler import FastMode
 from dydiff.errors import DydiffError
 from dydiff.models import DIFFUSION, load_diffusion_model, load_policy
+from dydiff.options import positive
+from dydiff.options import seed as parse_seed
 from dydiff.reports import plots
 from dydiff.reports.comparison import (
     SINGLE_STEP,
@@ -244,31 +246,27 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--dataset", required=True, help="dataset that they were trained on")
     add("--policy", type=Path, metavar="RUN", help="TD3+BC policy: run folder or file")
     add("--uninjected", metavar="RUN", help="diffusion model trained with --cond_on_action False: run folder or file")
-    add("--iterations", type=parse_integers, default=[1, 2, 5], help="policy injections of DyDiff")
-    add("--perturbation", type=float, default=0.5, help="size of the perturbed policy's perturbation")
-    add("--clone-updates", type=int, default=3000, help="updates of the cloned behaviour")
-    add("--starts", type=int, default=64, help="start states")
-    add("--seed", type=int, default=0, help="of everything random")
+    add("--iterations", type=several(positive(int)), default=[1, 2, 5], help="policy injections of DyDiff")
+    add("--perturbation", type=positive(float), default=0.5, help="size of the perturbed policy's perturbation")
+    add("--clone-updates", type=positive(int), default=3000, help="updates of the cloned behaviour")
+    add("--starts", type=positive(int), default=64, help="start states")
+    add("--seed", type=parse_seed, default=0, help="of everything random")
     add("--device", default="auto", help="cpu, cuda:0, ...; auto takes a GPU if there is one")
-    add("--json", type=Path, metavar="FILE", help="write all numbers")
-    add("--plot", type=Path, metavar="FILE", help="draw the errors over the horizon")
+    add("--json", type=output_file, metavar="FILE", help="write all numbers")
+    add("--plot", type=picture_file, metavar="FILE", help="draw the errors over the horizon")
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@tells_errors
+def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    try:
-        options.device = find_device(options.device)
-        record = measure(load_subject(options.outdir, options.dataset, options.device), options)
-    except DydiffError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    options.device = find_device(options.device)
+    record = measure(load_subject(options.outdir, options.dataset, options.device), options)
     print(show(record))
     if options.json:
         write_atomically(options.json, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
     if options.plot:
         plots.draw_errors({name: policy["errors"] for name, policy in record["policies"].items()}, options.plot)
-    return 0
 
 
 if __name__ == "__main__":

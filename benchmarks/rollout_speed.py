@@ -44,22 +44,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from harness import (
-    FULL_SIZE,
-    BenchmarkError,
-    Case,
-    Failures,
-    Measurement,
-    Patience,
-    Session,
-    Variant,
-    add_network_options,
-    insist_on_known,
-    make_timing_parser,
-    parse_integers,
-    parse_words,
-    run_benchmark,
-)
+from command_line import add_network_options, make_timing_parser, several, some_of
+from harness import BenchmarkError, Case, Failures, Measurement, Patience, Session, Variant, run_benchmark
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from workload import NUM_STEPS, OURS, Ours, Runner, Shape, Workload, build_runner
@@ -67,6 +53,7 @@ from workload import NUM_STEPS, OURS, Ours, Runner, Shape, Workload, build_runne
 from dydiff.device import has_fast_bf16
 from dydiff.diffusion.fast_sampler import FastMode
 from dydiff.errors import DydiffError
+from dydiff.options import positive
 
 CASES = ("evaluation", "start", "sampler", "rollout")
 QUICK_STEPS = 5
@@ -140,13 +127,10 @@ def make_case(name: str, work: Workload, runners: dict[str, Runner], counts: Cou
                 runner.detail,
             )
         )
-    notes = [f"{work.sampler_steps} of {NUM_STEPS} steps"] if shortened else []
-    size = work.shape.dim, work.shape.dim_mults
-    if size != FULL_SIZE:
-        notes.append(f"small network: dim {size[0]}, multiples {','.join(map(str, size[1]))}")
+    note = f"{work.sampler_steps} of {NUM_STEPS} steps" if shortened else ""
     # The sampler scales the network's raw output by c_out <= sigma_data before it counts.
     tolerance = 1 / work.denoiser.sigma_data if name == "evaluation" else 1.0
-    return Case(name, work.shape.batch, work.shape.horizon, variants, "; ".join(notes), tolerance)
+    return Case(name, work.shape.batch, work.shape.horizon, variants, note, tolerance)
 
 
 def build_runners(names: Sequence[str] | None, work: Workload, skipped: Sequence[str], failures: Failures) -> dict[str, Runner]:
@@ -258,16 +242,15 @@ def list_shapes(options: argparse.Namespace) -> list[Shape]:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = make_timing_parser(__doc__, quick="one shape and few repetitions")
-    parser.add_argument("--batch", type=parse_integers, help="start states, such as 16,256,2048")
-    parser.add_argument("--horizon", type=parse_integers, help="rows, such as 32,100,256")
-    parser.add_argument("--variants", type=parse_words, help="such as published,bf16,fast (default: all that work here)")
-    parser.add_argument("--cases", type=parse_words, default=list(CASES), help=f"some of {','.join(CASES)}")
+    names = ("published", "stock", *OURS, "fast")
+    parser.add_argument("--batch", type=several(positive(int)), help="start states, such as 16,256,2048")
+    parser.add_argument("--horizon", type=several(positive(int)), help="rows, such as 32,100,256")
+    parser.add_argument("--variants", type=some_of(names), help=f"some of {','.join(names)} (default: all that work here)")
+    parser.add_argument("--cases", type=some_of(CASES), default=list(CASES), help=f"some of {','.join(CASES)}")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     add_network_options(parser)
     parser.add_argument("--peak-memory-of", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    insist_on_known(parser, options.cases, CASES)
-    return options
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,27 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import (
-    BenchmarkError,
-    Failures,
-    add_network_options,
-    append_lines,
-    insist_on_known,
-    make_timing_parser,
-    measure_matrix_rate,
-    parse_words,
-    time_call,
-)
+from command_line import add_network_options, make_timing_parser, some_of, tells_errors
+from harness import BenchmarkError, Failures, append_lines, measure_matrix_rate, time_call
 from machine import describe_machine
 from torch import nn
 
 from dydiff.backends import ON_GPU, apply_backend
 from dydiff.device import find_device, has_fast_bf16
 from dydiff.diffusion.edm import Denoiser
-from dydiff.errors import DydiffError
 from dydiff.kernels.unet_reference import ReferenceBlocks
 from dydiff.networks.fused_unet import FusedUNet
 from dydiff.networks.unet import ResidualBlock, UNet
+from dydiff.options import positive
 
 OBSERVATION_DIM, WIDTH = 11, 14  # hopper
 DTYPES = {"reference": "float32", "winograd": "float32", "bf16": "bfloat16"} | dict.fromkeys(ON_GPU, "float16")
@@ -194,14 +185,14 @@ def show(variant: str, lines: Sequence[dict[str, Any]]) -> None:
         print(f"  {label:16s} {shares}, {low:.0f} to {high:.0f} FLOP a byte")
 
 
+@tells_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_timing_parser(__doc__, "2 seconds a variant")
     add_network_options(parser)
-    parser.add_argument("--variants", type=parse_words, default=None, help=f"of {', '.join(DTYPES)}")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--horizon", type=int, default=100)
+    parser.add_argument("--variants", type=some_of(DTYPES), help=f"of {', '.join(DTYPES)}")
+    parser.add_argument("--batch", type=positive(int), default=32)
+    parser.add_argument("--horizon", type=positive(int), default=100)
     options = parser.parse_args(arguments)
-    insist_on_known(parser, options.variants or (), list(DTYPES))
     device = find_device(options.device)
     batch, horizon = options.batch, options.horizon
     torch.manual_seed(0)
@@ -234,7 +225,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (BenchmarkError, DydiffError) as error:
-        sys.exit(f"error: {error}")
+    sys.exit(main())

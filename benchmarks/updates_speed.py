@@ -25,19 +25,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from harness import (
-    BenchmarkError,
-    Case,
-    Failures,
-    Patience,
-    Session,
-    Variant,
-    check_output,
-    insist_on_known,
-    make_timing_parser,
-    parse_words,
-    run_benchmark,
-)
+from command_line import make_timing_parser, some_of
+from harness import Case, Failures, Patience, Session, Variant, check_output, run_benchmark
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from update_baselines import BASELINES, Replay, sample_published
@@ -243,13 +232,7 @@ def run_case(name: str, variants: Sequence[str], session: Session) -> None:
 
 
 def find_variants(options: argparse.Namespace) -> list[str]:
-    """The variants asked for, or all that can run here.
-
-    Raises:
-        BenchmarkError: there is none of that name.
-    """
-    if unknown := set(options.variants or ()) - set(VARIANTS):
-        raise BenchmarkError(f"There is no variant '{unknown.pop()}'; choose of {', '.join(VARIANTS)}.")
+    """The variants asked for, or all that can run here."""
     device = torch.device(options.device)
     fast = ["compiled"] * can_compile(device) + ["graph"] * (device.type == "cuda")
     possible = [*VARIANTS[:3], *fast, *["bf16"] * bool(fast)]
@@ -258,11 +241,10 @@ def find_variants(options: argparse.Namespace) -> list[str]:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = make_timing_parser(__doc__, quick="few repetitions")
-    parser.add_argument("--cases", type=parse_words, default=list(CASES), help=f"some of {','.join(CASES)}")
-    parser.add_argument("--variants", type=parse_words, help=f"some of {','.join(VARIANTS)} (default: all that work here)")
-    options = parser.parse_args(arguments)
-    insist_on_known(parser, options.cases, CASES)
-    return options
+    parser.add_argument("--cases", type=some_of(CASES), default=list(CASES), help=f"some of {','.join(CASES)}")
+    variants = f"some of {','.join(VARIANTS)} (default: all that work here)"
+    parser.add_argument("--variants", type=some_of(VARIANTS), help=variants)
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -176,7 +176,10 @@ def main() -> int:
         return check_conformance(options.conformance)
     end = time.perf_counter() + options.seconds
     out = options.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --out: cannot make '{out}' ({error.strerror}); name another folder")
     report: dict[str, object] = {"machine": describe_machine(), "parts": {}}
     failed = []
     with tempfile.TemporaryDirectory() as numbers:

@@ -8,7 +8,6 @@ repeats the same work. Prints the ranges and the costliest operators; `--trace` 
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -16,21 +15,24 @@ from pathlib import Path
 os.environ["DYDIFF_RANGES"] = "1"  # before dydiff is imported
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from harness import FULL_SIZE  # noqa: E402 - the folder is not a package, and must be found first
+from command_line import FULL_SIZE, documented_parser, one_of, output_file, tells_errors  # noqa: E402 - found only now
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 from workload import Ours, Shape, Workload  # noqa: E402
 
+from dydiff.backends import BACKENDS  # noqa: E402
 from dydiff.device import find_device  # noqa: E402
+from dydiff.options import positive  # noqa: E402
 
 
+@tells_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--horizon", type=int, default=100)
-    parser.add_argument("--backend", default="auto")
-    parser.add_argument("--steps", type=int, default=4)
+    parser = documented_parser(__doc__)
+    parser.add_argument("--batch", type=positive(int), default=32)
+    parser.add_argument("--horizon", type=positive(int), default=100)
+    parser.add_argument("--backend", type=one_of(BACKENDS), default="auto")
+    parser.add_argument("--steps", type=positive(int), default=4)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--trace", default=None)
+    parser.add_argument("--trace", type=output_file)
     options = parser.parse_args()
     device = find_device(options.device)
     shape = Shape(options.batch, options.horizon, *FULL_SIZE)
@@ -43,9 +45,9 @@ def main() -> None:
     order = "self_cuda_time_total" if device != "cpu" else "self_cpu_time_total"
     print(profiler.key_averages().table(sort_by=order, row_limit=25))
     if options.trace:
-        profiler.export_chrome_trace(options.trace)
+        profiler.export_chrome_trace(str(options.trace))
         print(f"Trace: {options.trace}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

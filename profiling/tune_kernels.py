@@ -8,8 +8,8 @@ Compiling all variants takes minutes the first time. Nothing else ever tunes: wi
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +27,10 @@ from dydiff.kernels.packing import ConvBlock, Convolution, Residual
 from dydiff.kernels.unet_triton import TwoPassBlocks, why_unavailable
 from dydiff.networks.fused_unet import FusedUNet
 from dydiff.networks.unet import UNet
+from dydiff.options import positive
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from command_line import documented_parser, output_file, tells_errors  # noqa: E402 - the folder is no package
 
 # Class of shapes -> tile, or TWO_PASS -> milliseconds of each layer of that class that it may serve.
 Times = dict[str, dict[Tile | str, list[float]]]
@@ -105,11 +109,13 @@ def save(choices: dict[str, str], name: str, path: Path) -> None:
     read_table.cache_clear()
 
 
+@tells_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python profiling/tune_kernels.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, nargs="+", default=[2048, 32], help="batch sizes to measure (default: 2048 32)")
-    parser.add_argument("--horizon", type=int, default=100)
-    parser.add_argument("--save", type=Path, default=TABLE, help="where to write the table (default: where it is read)")
+    parser = documented_parser(__doc__)
+    sizes = "batch sizes to measure (default: 2048 32)"
+    parser.add_argument("--batch", type=positive(int), nargs="+", default=[2048, 32], help=sizes)
+    parser.add_argument("--horizon", type=positive(int), default=100)
+    parser.add_argument("--save", type=output_file, default=TABLE, help="where to write the table (default: where it is read)")
     arguments = parser.parse_args()
     if reason := why_unavailable("cuda"):
         raise DydiffError(reason)
@@ -130,4 +136,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -93,7 +93,7 @@ def test_commands(hopper, tmp_path, capsys):
     assert perfect_dynamics.main([str(policy), "--set=rl_trainer_params.num_epoch=1"]) == 1
     assert "did you mean 'num_epochs'" in capsys.readouterr().err
     assert perfect_dynamics.main([str(runs / "nothing")]) == 1
-    assert "is no run of a policy with DyDiff" in capsys.readouterr().err
+    assert "is no run of a policy. Name run folders" in capsys.readouterr().err
 
 
 def test_cloning_of_real_actions_alone():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -18,7 +19,7 @@ import roofline  # noqa: E402
 import summary  # noqa: E402
 import workload  # noqa: E402
 from harness import BenchmarkError, Case, Failures, Measurement, Patience, Variant, check_output, make_lines, race  # noqa: E402
-from results import table_rows  # noqa: E402
+from results import draw, table_rows  # noqa: E402
 from workload import Ours, Published, Shape, Stock, Workload  # noqa: E402
 
 from dydiff.diffusion.fast_sampler import FastMode  # noqa: E402
@@ -138,6 +139,34 @@ def test_lines_and_table():
     assert make_lines(case, measured[1:], {}, {"bfloat16": 1e12}, {})[0]["speedup"] is None
 
 
+@pytest.mark.parametrize("horizons", [[8], [8, 16, 32]])
+def test_a_picture_names_every_variant_once(horizons, monkeypatch, tmp_path):
+    """As bars where there is one shape, else as lines over what varies, with one legend for all cases."""
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: drawn.append(figure))
+    lines = []
+    for horizon in horizons:
+        variants = [make_variant("published", 1.0), make_variant("ours", 1.0)]
+        measured = [Measurement(variants[0], 0.0, [1.0]), Measurement(variants[1], 0.0, [0.02 * horizon])]
+        for name in ("evaluation", "rollout"):
+            lines += make_lines(Case(name, 2, horizon, variants), measured, {"device": "d", "commit": "c"}, {"bfloat16": 1e12}, {})
+    draw(lines, tmp_path / "any.png")
+    (figure,) = drawn
+    figure.canvas.draw()
+    for ax in figure.axes[:2]:
+        if horizons == [8]:
+            assert [text.get_text() for text in ax.texts] == ["1 s (1.0x)", "160 ms (6.2x)"]
+            assert [label.get_text() for label in ax.get_yticklabels()] == ["published", "ours"]
+        else:
+            assert [line.get_label() for line in ax.lines] == ["published", "ours"]
+            times = [label.get_text() for label in ax.get_yticklabels()]
+            assert {"200 ms", "500 ms", "1 s"} <= set(times)
+            assert [label.get_text() for label in ax.get_xticklabels()] == ["8", "16", "32"]
+    assert len(figure.legends) == (len(horizons) > 1)
+    title = figure._suptitle.get_window_extent()
+    assert not any(title.overlaps(part.get_window_extent()) for part in [*figure.legends, *figure.axes])
+
+
 def test_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(harness, "measure_matrix_rate", lambda dtype, device: 1e9)
     measure = rollout_speed.measure_peak  # in a process of its own, which takes a while to start: once is enough
@@ -162,13 +191,9 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert "rollout, batch 3, horizon 8" in output.out
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [(["--variants=publisht"], "publisht"), (["--variants=published", "--device=cuda:99"], "cuda:99")],
-)
-def test_mistakes_are_told(arguments, message, capsys):
-    assert rollout_speed.main([*OPTIONS, *arguments]) == 1
-    assert message in capsys.readouterr().err
+def test_a_device_that_is_not_there_is_told(capsys):
+    assert rollout_speed.main([*OPTIONS, "--variants=published", "--device=cuda:99"]) == 1
+    assert "cuda:99" in capsys.readouterr().err
 
 
 def test_matrix_rate_is_a_rate():
