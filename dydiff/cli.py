@@ -65,10 +65,13 @@ def run_train(options: argparse.Namespace) -> None:
 
 def run_experiment(options: argparse.Namespace) -> None:
     """Run every variant of an experiment file."""
-    from dydiff.experiments.workers import run_all
+    from dydiff.experiments.workers import run_all, show_runs
 
-    where = options.device, Path(options.outdir)
-    run_all(options.experiment, options.set, options.dataset, *where, options.resume, options.shard)
+    what, root = (options.experiment, options.set, options.dataset), Path(options.outdir)
+    if options.list:
+        print(show_runs(*what, root, options.shard))
+    else:
+        run_all(*what, options.device, root, options.resume, options.shard)
 
 
 def run_worker(options: argparse.Namespace) -> None:

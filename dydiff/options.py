@@ -236,6 +236,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "--resume", action="store_true", help="continue what is unfinished, and policies that now have more epochs; skip the rest"
     )
     part = "run only this part of the runs, 1/N to N/N: for N jobs of a cluster, each with the same command otherwise"
+    parser.add_argument("--list", action="store_true", help="show the runs, and what is there of each, and stop")
     parser.add_argument("--shard", type=shard, default=(1, 1), metavar="I/N", help=part)
 
 

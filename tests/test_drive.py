@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from dydiff.checkpoint import load_checkpoint, save_checkpoint
 from dydiff.finite import find_not_finite
 from dydiff.fit import Fit
 from dydiff.models import DIFFUSION, DYNAMICS, POLICY, REWARD, load_policy
-from dydiff.runs import read_log, read_run
+from dydiff.runs import read_log, read_run, read_state
 from dydiff.runs.drive import drive
 
 CPU = "--device=cpu"
@@ -254,7 +255,7 @@ def test_out_of_memory_in_an_epoch_says_where_to_go_on(run_stage, dataset, tmp_p
     check_saved(run, epoch=3)
 
 
-def test_a_resumed_progress_bar_begins_where_the_run_does(run_stage, dataset, monkeypatch):
+def test_a_resumed_progress_bar_begins_where_the_run_does(run_stage, dataset, monkeypatch, tmp_path):
     run_epoch = Fit.run_epoch
 
     def interrupted(self):
@@ -265,6 +266,14 @@ def test_a_resumed_progress_bar_begins_where_the_run_does(run_stage, dataset, mo
     with monkeypatch.context() as patch:
         patch.setattr(Fit, "run_epoch", interrupted)
         check_refusal(run_stage("reward", dataset, CPU), "Stopped by signal 15 after epoch 4; the state is saved")
+    (run,) = (tmp_path / "runs").iterdir()
+    assert read_state(run) == "interrupted"
+    status = run / "run.json"
+    status.write_text(status.read_text().replace("interrupted", "running"))  # as SIGKILL leaves it
+    assert read_state(run) == "killed"
+    with open(run / ".lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert read_state(run) == "running" and read_state(tmp_path) == "new"
     outcome = run_stage("reward", dataset, CPU, "--resume")
     assert outcome.status == 0 and "| 4/10 [" in outcome.errors.split("\r")[1]
 

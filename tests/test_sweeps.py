@@ -64,6 +64,11 @@ def test_shards_are_the_sweep_in_parts(run_stage, dataset, tmp_path):
     assert first.status == 0 and "Shard 2 of 2: 1 of 3 runs" in first.output, first.errors
     names = {folder.name.partition("-")[2] for folder in (tmp_path / "runs").iterdir()}
     assert names == {"td3_bc-alpha=2.0-s0", "td3_bc-alpha=2.0-s1"}
+    listed = run_stage("td3_bc", dataset, *both, "--list", variables=variables)
+    states = [line.split()[1:3] for line in listed.output.splitlines()[1:]]
+    assert listed.status == 0 and states == [["new"], ["new"], ["finished", "1"], ["finished", "1"], ["new"], ["new"]]
+    of_shard = run_stage("td3_bc", dataset, *both, "--list", "--shard=2/2", variables=variables)
+    assert of_shard.output.splitlines()[1:] == [line for line in listed.output.splitlines() if "finished" in line]
     assert run_stage("td3_bc", dataset, *both, "--shard=1/2", variables=variables).status == 0
     assert len(list((tmp_path / "runs").iterdir())) == 6
     # More shards than runs: those that are left have nothing to do. And resumed, a shard looks at its own runs only.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import signal
 import subprocess
@@ -22,7 +23,8 @@ from dydiff.errors import DydiffError
 from dydiff.experiments.experiment import Experiment, Variant, flatten, load_experiment
 from dydiff.experiments.stages import run_variants
 from dydiff.progress import Progress, say
-from dydiff.runs import find_run_of, list_settings, new_folder, read_run, removed_if_empty
+from dydiff.reports.tables import format_table
+from dydiff.runs import find_run_of, list_settings, new_folder, read_log, read_run, read_state, removed_if_empty
 from dydiff.runs.drive import Interrupted, Interrupts
 
 LOG = "output.log"
@@ -64,10 +66,9 @@ def run_all(
     experiment = load_experiment(file, list(overrides), dataset)
     named = [device] if device else [f"cuda:{index}" for index in experiment.meta.gpu]
     devices = [find_device(name) for name in named or ["auto"]]
-    groups, (part, parts) = experiment.groups, shard
-    own = groups[part - 1 :: parts]
-    if parts > 1:
-        print(f"Shard {part} of {parts}: {len(own)} of {len(groups)} runs.")
+    own = _take_shard(experiment, shard)
+    if len(own) < len(experiment.groups):
+        print(f"Shard {shard[0]} of {shard[1]}: {len(own)} of {len(experiment.groups)} runs.")
     jobs = _list_jobs(experiment, own, _worker_command(file, overrides, dataset, root), root, resume)
     pending = skip_finished(jobs)
     if not pending:
@@ -83,6 +84,28 @@ def run_all(
             print(f"Run folder: {folder}")
         return
     run_jobs(pending, devices, experiment.meta.num_workers)
+
+
+def show_runs(file: str, overrides: Sequence[str], dataset: str | None, root: Path, shard: tuple[int, int] = (1, 1)) -> str:
+    """The table of the runs that `run_all` is about: the state of each under `root`, its epochs and its folder.
+
+    Raises:
+        DydiffError: the file or an override is wrong.
+    """
+    experiment, runs = load_experiment(file, list(overrides), dataset), list_settings(root)
+    rows = [["run", "state", "epochs", "folder"]]
+    for index in itertools.chain.from_iterable(_take_shard(experiment, shard)):
+        variant, name = experiment.variants[index], experiment.meta.exp_name
+        folder = find_run_of(runs, describe(name, variant), complete)
+        log = read_log(folder) if folder else []
+        epochs = str(log[-1]["epoch"] if log else 0) if folder else ""
+        rows.append([label(name, variant), read_state(folder) if folder else "new", epochs, str(folder or "")])
+    return format_table(rows)
+
+
+def _take_shard(experiment: Experiment, shard: tuple[int, int]) -> list[list[int]]:
+    part, parts = shard
+    return experiment.groups[part - 1 :: parts]
 
 
 def list_jobs(file: Path, overrides: Sequence[str], root: Path) -> list[Job]:

@@ -9,6 +9,7 @@ from dydiff.runs.folders import (
     read_log,
     read_run,
     read_settings,
+    read_state,
     removed_if_empty,
 )
 from dydiff.runs.run import STATE, Run, Stage
@@ -25,5 +26,6 @@ __all__ = [
     "read_log",
     "read_run",
     "read_settings",
+    "read_state",
     "removed_if_empty",
 ]

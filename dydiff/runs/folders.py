@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -26,6 +27,26 @@ def read_run(folder: Path) -> dict[str, Any] | None:
         return None
     needed = {"kind", "dataset", "fingerprint", "status", "updated"}
     return record if isinstance(record, dict) and needed <= record.keys() else None
+
+
+def read_state(folder: Path) -> str:
+    """How far a run is: new, running, finished, failed, interrupted (by a signal, saved), or killed."""
+    record = read_run(folder)
+    if record is None:
+        return "new"
+    return record["status"] if record["status"] != "running" or _is_held(folder) else "killed"
+
+
+def _is_held(folder: Path) -> bool:
+    """Whether a process works in a run folder."""
+    try:
+        with open(folder / LOCK) as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
