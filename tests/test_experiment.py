@@ -11,7 +11,7 @@ from conftest import refusal
 
 from dydiff.config import DiffQLParams
 from dydiff.experiments.experiment import load_experiment
-from dydiff.experiments.workers import describe, label
+from dydiff.experiments.identity import describe, label
 
 REPOSITORY = Path(__file__).parents[1]
 

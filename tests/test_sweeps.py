@@ -67,6 +67,8 @@ def test_shards_are_the_sweep_in_parts(run_stage, dataset, tmp_path):
     listed = run_stage("td3_bc", dataset, *both, "--list", variables=variables)
     states = [line.split()[1:3] for line in listed.output.splitlines()[1:]]
     assert listed.status == 0 and states == [["new"], ["new"], ["finished", "1"], ["finished", "1"], ["new"], ["new"]]
+    longer = run_stage("td3_bc", dataset, *both, "--set=rl_trainer_params.num_epochs=2", "--list", variables=variables)
+    assert [line.split()[1:3] for line in longer.output.splitlines()[3:5]] == 2 * [["shorter", "1"]]
     of_shard = run_stage("td3_bc", dataset, *both, "--list", "--shard=2/2", variables=variables)
     assert of_shard.output.splitlines()[1:] == [line for line in listed.output.splitlines() if "finished" in line]
     assert run_stage("td3_bc", dataset, *both, "--shard=1/2", variables=variables).status == 0

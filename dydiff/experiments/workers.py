@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import os
 import signal
@@ -12,23 +11,20 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from dydiff.child import module_command
-from dydiff.config import Constants, from_mapping, show
 from dydiff.device import find_device
 from dydiff.errors import DydiffError
-from dydiff.experiments.experiment import Experiment, Variant, flatten, load_experiment
+from dydiff.experiments.experiment import Experiment, load_experiment
+from dydiff.experiments.identity import describe, find_own, label, name_nearest
 from dydiff.experiments.stages import run_variants
 from dydiff.progress import Progress, say
 from dydiff.reports.tables import format_table
-from dydiff.runs import find_run_of, list_settings, new_folder, read_log, read_run, read_state, removed_if_empty
+from dydiff.runs import list_settings, new_folder, read_log, read_run, read_state, removed_if_empty
 from dydiff.runs.drive import Interrupted, Interrupts
 
 LOG = "output.log"
-FEW = 4  # settings in which a run differs that was perhaps to be continued
 
 
 @dataclass(frozen=True)
@@ -89,6 +85,8 @@ def run_all(
 def show_runs(file: str, overrides: Sequence[str], dataset: str | None, root: Path, shard: tuple[int, int] = (1, 1)) -> str:
     """The table of the runs that `run_all` is about: the state of each under `root`, its epochs and its folder.
 
+    A run that finished with fewer epochs than it shall have now is `shorter`.
+
     Raises:
         DydiffError: the file or an override is wrong.
     """
@@ -96,10 +94,12 @@ def show_runs(file: str, overrides: Sequence[str], dataset: str | None, root: Pa
     rows = [["run", "state", "epochs", "folder"]]
     for index in itertools.chain.from_iterable(_take_shard(experiment, shard)):
         variant, name = experiment.variants[index], experiment.meta.exp_name
-        folder = find_run_of(runs, describe(name, variant), complete)
-        log = read_log(folder) if folder else []
-        epochs = str(log[-1]["epoch"] if log else 0) if folder else ""
-        rows.append([label(name, variant), read_state(folder) if folder else "new", epochs, str(folder or "")])
+        folder, shorter = find_own(runs, describe(name, variant))
+        if folder is None:
+            rows.append([label(name, variant), "new", "", ""])
+            continue
+        log, state = read_log(folder), "shorter" if shorter else read_state(folder)
+        rows.append([label(name, variant), state, str(log[-1]["epoch"] if log else 0), str(folder)])
     return format_table(rows)
 
 
@@ -132,13 +132,11 @@ def _list_jobs(
         folders, continues = {}, False
         for index in group:
             settings = describe(name, experiment.variants[index])
-            folder = find_run_of(runs, settings, complete)
-            shorter = find_run_of(runs, settings, partial(_lengthen, settings)) if folder is None else None
-            if folder is shorter is None:
-                _name_nearest(runs, settings)
-            if shorter is not None:
-                folder, continues = shorter, True
-            elif folder is not None and len(group) > 1 and _is_finished(folder):
+            folder, shorter = find_own(runs, settings)
+            if folder is None:
+                name_nearest(runs, settings)
+            continues = continues or shorter
+            if folder is not None and not shorter and len(group) > 1 and _is_finished(folder):
                 print(f"Already finished: {folder}")  # the other seeds go on without it
                 continue
             folders[index] = folder or new_folder(root, label(name, experiment.variants[index]))
@@ -146,28 +144,6 @@ def _list_jobs(
             first, *siblings = folders.values()
             jobs.append(Job(first, [*command, "--variant", *map(str, folders)], tuple(folders), tuple(siblings), continues))
     return jobs
-
-
-def _name_nearest(runs: Sequence[tuple[Path, dict[str, Any]]], settings: dict[str, Any]) -> None:
-    """Tell which of `runs` is the nearest to a new one that asks for the same, where a few settings keep it from being resumed."""
-    same, asked, near = {"dataset_name", "seed", *settings["variables"]}, _flatten(settings), []
-    for folder, stored in runs:
-        if any(stored.get(key) != settings[key] for key in ("experiment", "stage")):
-            continue
-        theirs = _flatten(complete(stored))
-        different = [key for key in {**theirs, **asked} if theirs.get(key) != asked.get(key)]
-        if 0 < len(different) <= FEW and same.isdisjoint(different):
-            pairs = [f"{key} was {show(theirs.get(key))}, now {show(asked.get(key))}" for key in different]
-            near.append((folder, pairs))
-    if near:
-        folder, pairs = min(near, key=lambda each: len(each[1]))
-        differing = ", ".join(pairs)
-        print(f"Starting a new run: '{folder}' was started with other settings: {differing}. Repeat them to resume it instead.")
-
-
-def _flatten(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as `describe` gives them, by dotted name."""
-    return flatten({"variables": settings.get("variables"), **settings.get("constants", {})})
 
 
 def skip_finished(jobs: Sequence[Job]) -> list[Job]:
@@ -274,39 +250,3 @@ def end_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def describe(experiment: str, variant: Variant) -> dict[str, Any]:
-    """The resolved settings of a run: stored in its folder, and what identifies it when it is resumed."""
-    constants = dataclasses.asdict(variant.constants)
-    return {
-        "experiment": experiment,
-        "stage": variant.stage,
-        "variables": variant.choices,
-        "constants": {key: value for key, value in constants.items() if value is not None},
-    }
-
-
-def complete(settings: dict[str, Any]) -> dict[str, Any]:
-    """Stored settings, as `describe` gives them, with the defaults of those that an older dydiff did not have."""
-    try:
-        constants = dataclasses.asdict(from_mapping(Constants, settings.get("constants"), "constants"))
-    except DydiffError:  # of another kind of run, or of a setting that is no more
-        return settings
-    return {**settings, "constants": {key: value for key, value in constants.items() if value is not None}}
-
-
-def _lengthen(settings: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
-    """The stored settings of a policy with as many epochs as `settings` ask for, where it has fewer and they shape nothing."""
-    stored, asked = complete(stored), settings["constants"].get("rl_trainer_params")
-    params = stored.get("constants", {}).get("rl_trainer_params")
-    if not asked or not params or settings["constants"].get("diffql_params", {}).get("lr_decay"):
-        return stored
-    longer = {**params, "num_epochs": max(params["num_epochs"], asked["num_epochs"])}
-    return {**stored, "constants": {**stored["constants"], "rl_trainer_params": longer}}
-
-
-def label(experiment: str, variant: Variant) -> str:
-    """The name of a variant's run folder: the experiment and what sets the variant apart."""
-    choices = [f"{key.rsplit('.', 1)[-1]}={value}" for key, value in variant.choices.items() if key != "seed"]
-    return "-".join([experiment, *choices, f"s{variant.constants.seed}"])
