@@ -9,7 +9,7 @@ import functools
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from dydiff.errors import DydiffError
 from dydiff.options import Parser, parse_ints, positive
 
 FULL_SIZE = 128, (1, 4, 8)  # dim and dim_mults of the U-Net
+HORIZON = 100
 PICTURES = (".png", ".pdf", ".svg")
 
 
@@ -46,14 +47,35 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dim-mults", type=parse_ints, default=list(FULL_SIZE[1]), help="widths by level, times dim")
 
 
+def network_size(options: argparse.Namespace) -> tuple[int, tuple[int, ...]]:
+    """dim and dim_mults of the U-Net: those of the options, or the full size where there are no such options."""
+    return getattr(options, "dim", FULL_SIZE[0]), tuple(getattr(options, "dim_mults", FULL_SIZE[1]))
+
+
 def describe_size(options: argparse.Namespace) -> str:
-    """What a reader must know of the network that `add_network_options` asked for; nothing of a full-size one."""
-    size = getattr(options, "dim", FULL_SIZE[0]), tuple(getattr(options, "dim_mults", FULL_SIZE[1]))
+    """What a reader must know of the network that the options ask for; nothing of a full-size one."""
+    size = network_size(options)
     return "" if size == FULL_SIZE else f"small network: dim {size[0]}, multiples {','.join(map(str, size[1]))}"
 
 
-def one_of(names: Sequence[str]) -> Callable[[str], str]:
+def check_network(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuse a U-Net that cannot be, before the first of several is timed: --horizon is a number, several, or left to be chosen."""
+    import torch  # only here: what imports this module must start without, and answer typing mistakes at once
+
+    from dydiff.networks.unet import UNet
+
+    horizons = options.horizon if isinstance(options.horizon, list) else [options.horizon or HORIZON]
+    for horizon in horizons:
+        try:
+            with torch.device("meta"):
+                UNet(1, horizon, *network_size(options))
+        except DydiffError as error:
+            parser.error(str(error).replace("--max_length_of_trajectory", "--horizon"))  # train.py's name of the option
+
+
+def one_of(names: Iterable[str]) -> Callable[[str], str]:
     """One of these names; a misspelt one is told the nearest."""
+    names = list(names)
 
     def parse(text: str) -> str:
         if text not in names:
@@ -67,7 +89,7 @@ def one_of(names: Sequence[str]) -> Callable[[str], str]:
 
 def some_of(names: Iterable[str]) -> Callable[[str], list[str]]:
     """Some of these names, separated by commas."""
-    return several(one_of(list(names)))
+    return several(one_of(names))
 
 
 def several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
@@ -87,14 +109,38 @@ def output_file(text: str) -> Path:
     """A file that can be written; its folder is made."""
     path = Path(os.path.expanduser(text))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        if path.exists() and not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, "it is write-protected")
+        _try_folder(path.parent)
     except OSError as error:
         raise argparse.ArgumentTypeError(f"cannot write '{text}' ({error.strerror}); name another file") from error
     return path
+
+
+def output_folder(text: str) -> Path:
+    """A folder that can be written into; it is made."""
+    path = Path(os.path.expanduser(text))
+    try:
+        _try_folder(path)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write into '{text}' ({error.strerror}); name another folder") from error
+    return path
+
+
+def input_folder(text: str) -> Path:
+    """A folder that is there."""
+    path = Path(os.path.expanduser(text))
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder '{text}'")
+    return path
+
+
+def _try_folder(path: Path) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path):
+        pass
 
 
 def picture_file(text: str) -> Path:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from command_line import add_network_options, make_timing_parser, some_of, tells_errors
+from command_line import HORIZON, add_network_options, check_network, describe_size, make_timing_parser, some_of, tells_errors
 from harness import BenchmarkError, Failures, append_lines, measure_matrix_rate, time_call
 from machine import describe_machine
 from torch import nn
@@ -146,6 +146,7 @@ def measure_bandwidth(device: str) -> float:
 def draw(lines: Sequence[dict[str, Any]], rates: dict[str, float], bandwidth: float, title: str, path: Path) -> None:
     """The picture: a marker a block, as large as its share of the variant's time."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     from dydiff.reports.plots import COLOURS, MARKERS
 
@@ -155,8 +156,8 @@ def draw(lines: Sequence[dict[str, Any]], rates: dict[str, float], bandwidth: fl
     for index, (dtype, rate) in enumerate(rates.items()):
         corner = rate / bandwidth
         style = {"color": "#222222", "linewidth": 1, "linestyle": ("-", "--", ":")[index % 3]}
+        style["label"] = f"{dtype} products, {rate / 1e12:.3g} TFLOP/s"
         ax.plot([reach[0], corner, reach[1]], [reach[0] * bandwidth / 1e12, rate / 1e12, rate / 1e12], **style)
-        ax.annotate(f"{dtype} products, {rate / 1e12:.3g} TFLOP/s", (reach[1], rate / 1e12), ha="right", va="bottom", fontsize=8)
     totals: dict[str, float] = {}
     for line in lines:
         totals[line["variant"]] = totals.get(line["variant"], 0) + line["median_s"]
@@ -167,6 +168,10 @@ def draw(lines: Sequence[dict[str, Any]], rates: dict[str, float], bandwidth: fl
             x, y = [line["intensity"] for line in mine], [line["tflops"] for line in mine]
             ax.scatter(x, y, sizes, color=colour, marker=marker, alpha=0.6, label=f"{variant}, {label}")
     ax.set(xscale="log", yscale="log", xlabel="FLOP a byte that must move", ylabel="TFLOP/s, counted as direct convolutions")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
     ax.set_title(f"{title}; copies at {bandwidth / 1e9:.0f} GB/s", fontsize=9)
     ax.grid(alpha=0.3, which="both")
     figure.legend(loc="outside right upper", frameon=False, fontsize=8, markerscale=0.5)
@@ -191,13 +196,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_network_options(parser)
     parser.add_argument("--variants", type=some_of(DTYPES), help=f"of {', '.join(DTYPES)}")
     parser.add_argument("--batch", type=positive(int), default=32)
-    parser.add_argument("--horizon", type=positive(int), default=100)
+    parser.add_argument("--horizon", type=positive(int), default=HORIZON)
     options = parser.parse_args(arguments)
+    check_network(parser, options)
     device = find_device(options.device)
     batch, horizon = options.batch, options.horizon
     torch.manual_seed(0)
     unet = UNet(WIDTH, horizon, options.dim, options.dim_mults).to(device).eval().requires_grad_(False)
-    machine = describe_machine(device)
+    machine, size = describe_machine(device), describe_size(options)
+    print(", ".join([f"{name} {value}" for name, value in machine.items()] + [size] * bool(size)))
     on_cpu = ["bf16" if has_fast_bf16(torch.device(device)) else "winograd"]
     default = ["reference", *(on_cpu if device == "cpu" else ON_GPU)]
     lines, rates, failures = [], {}, Failures()
@@ -206,10 +213,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for variant in options.variants or default:
         with failures.attempt(variant):
             dtype = DTYPES[variant]
-            if dtype not in rates:
-                rates[dtype] = measure_matrix_rate(dtype, device)
             blocks = measure_blocks(variant, unet, batch, horizon, device, seconds)
-            about = {"case": "roofline", "variant": variant, "dtype": dtype, "batch": batch, "horizon": horizon}
+            if dtype not in rates:  # not before: where a variant cannot run, products of its dtype may take minutes
+                rates[dtype] = measure_matrix_rate(dtype, device)
+            about = {"case": "roofline", "variant": variant, "dtype": dtype, "batch": batch, "horizon": horizon, "note": size}
             mine = [about | block.record(place) for place, block in enumerate(blocks)]
             show(variant, mine)
             lines += mine
@@ -219,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         roofs = {"bandwidth": bandwidth, **{f"{dtype}_rate": rate for dtype, rate in rates.items()}}
         append_lines(options.json, [line | roofs | machine for line in lines])
     if options.plot and lines:
-        title = f"{machine['device']}, batch {batch}, horizon {horizon}"
+        title = ", ".join([machine["device"], f"batch {batch}, horizon {horizon}", *[size] * bool(size)])
         draw(lines, rates, bandwidth, title, options.plot)
     return failures.status()
 

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from results import show_seconds
+from command_line import documented_parser
+from results import show_ratio, show_seconds
 
 RESULTS = Path(__file__).parent / "results"
 MACHINES = {
@@ -91,7 +92,7 @@ def overview(measurements: Sequence[Measurement]) -> str:
     commits: dict[str, dict[str, None]] = {machine: {} for machine in MACHINES}
     for each in measurements:
         if not each.case.endswith(ONE_THREAD):
-            cell = f"{show_seconds(each.published)} → {show_seconds(each.ours)} (**{_times(each.speedup)}**)"
+            cell = f"{show_seconds(each.published)} → {show_seconds(each.ours)} (**{show_ratio(each.speedup)}**)"
             rows.setdefault(each.case, {})[each.machine] = cell
             commits[each.machine][each.commit] = None
     cells = [[case, *(of.get(machine, "") for machine in MACHINES)] for case, of in rows.items()]
@@ -102,14 +103,10 @@ def every(measurements: Sequence[Measurement]) -> str:
     """All measurements, a line each: Markdown."""
     rows = []
     for each in measurements:
-        stock = "" if each.stock is None else f"{show_seconds(each.stock)} ({_times(each.published / each.stock)})"
-        ours = f"{show_seconds(each.ours)} ({_times(each.speedup)}, {each.variant})"
+        stock = "" if each.stock is None else f"{show_seconds(each.stock)} ({show_ratio(each.published / each.stock)})"
+        ours = f"{show_seconds(each.ours)} ({show_ratio(each.speedup)}, {each.variant})"
         rows.append([each.case, MACHINES[each.machine], show_seconds(each.published), stock, ours, each.commit])
     return _markdown(["case", "machine", "published", "stock", "dydiff", "commit"], rows)
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.1f}x"
 
 
 def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -117,4 +114,5 @@ def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 if __name__ == "__main__":
+    documented_parser(__doc__).parse_args()
     print(f"{overview(read_measurements())}\n\n{every(read_measurements())}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -139,20 +140,28 @@ def test_lines_and_table():
     assert make_lines(case, measured[1:], {}, {"bfloat16": 1e12}, {})[0]["speedup"] is None
 
 
-@pytest.mark.parametrize("horizons", [[8], [8, 16, 32]])
-def test_a_picture_names_every_variant_once(horizons, monkeypatch, tmp_path):
-    """As bars where there is one shape, else as lines over what varies, with one legend for all cases."""
+DESCRIBED = {"device": "d", "threads": 2, "torch": "t", "commit": "c"}
+
+
+def draw_figure(lines, monkeypatch) -> Figure:
+    """The picture of these records, laid out."""
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: drawn.append(figure))
+    draw(lines, Path("any.png"))
+    drawn[0].canvas.draw()
+    return drawn[0]
+
+
+@pytest.mark.parametrize("horizons", [[8], [8, 16, 32]])
+def test_a_picture_names_every_variant_once(horizons, monkeypatch):
+    """As bars where there is one shape, else as lines over what varies, with one legend for all cases."""
     lines = []
     for horizon in horizons:
         variants = [make_variant("published", 1.0), make_variant("ours", 1.0)]
         measured = [Measurement(variants[0], 0.0, [1.0]), Measurement(variants[1], 0.0, [0.02 * horizon])]
         for name in ("evaluation", "rollout"):
-            lines += make_lines(Case(name, 2, horizon, variants), measured, {"device": "d", "commit": "c"}, {"bfloat16": 1e12}, {})
-    draw(lines, tmp_path / "any.png")
-    (figure,) = drawn
-    figure.canvas.draw()
+            lines += make_lines(Case(name, 2, horizon, variants), measured, DESCRIBED, {"bfloat16": 1e12}, {})
+    figure = draw_figure(lines, monkeypatch)
     for ax in figure.axes[:2]:
         if horizons == [8]:
             assert [text.get_text() for text in ax.texts] == ["1 s (1.0x)", "160 ms (6.2x)"]
@@ -165,6 +174,31 @@ def test_a_picture_names_every_variant_once(horizons, monkeypatch, tmp_path):
     assert len(figure.legends) == (len(horizons) > 1)
     title = figure._suptitle.get_window_extent()
     assert not any(title.overlaps(part.get_window_extent()) for part in [*figure.legends, *figure.axes])
+
+
+def test_a_picture_shows_every_shape_and_what_the_table_says_of_it(monkeypatch):
+    note = "3 epochs a call: 500 updates and 1000 environment steps each; small network: dim 16, multiples 1,2"
+    lines = []
+    for batch, horizon in ((16, 32), (16, 64), (16, 100), (32, 100), (64, 100)):
+        variant = make_variant("published", 1.0)
+        case = Case("rollout", batch, horizon, [variant], note)
+        lines += make_lines(case, [Measurement(variant, 0.0, [1.0])], DESCRIBED, {"bfloat16": 1e12}, {})
+    figure = draw_figure(lines, monkeypatch)
+    whole = figure.canvas.get_width_height()[0]
+    assert [list(ax.lines[0].get_xdata()) for ax in figure.axes] == [[16, 32, 64], [32, 64, 100]] * 2
+    for ax, held in zip(figure.axes, ("horizon 100", "batch 16"), strict=False):
+        assert ax.get_title().replace("\n", " ") == f"rollout, {held} {note}"
+        title = ax.title.get_window_extent()
+        assert 0 <= title.x0 and title.x1 <= whole, "the title is cut off"
+
+
+def test_a_picture_has_no_room_for_shares_that_nobody_counted(monkeypatch):
+    lines = []
+    for name, flops in (("epoch", 0.0), ("updates", 1e6)):
+        variant = dataclasses.replace(make_variant("published", 1.0), flops=flops)
+        lines += make_lines(Case(name, 2, 8, [variant]), [Measurement(variant, 0.0, [1.0])], DESCRIBED, {"bfloat16": 1e12}, {})
+    assert [ax.get_xlabel() for ax in draw_figure(lines, monkeypatch).axes] == ["median time", "median time", "of the matrix rate"]
+    assert len(draw_figure(lines[:1], monkeypatch).axes) == 1
 
 
 def test_command(tmp_path, capsys, monkeypatch):
@@ -211,7 +245,15 @@ def test_roofline_counts_what_runs_and_draws_it(tmp_path, capsys):
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(lines) == len(roofline.count_costs(UNet(14, 8, 16, (1, 2, 4)), 2, 8, 4)) == 17
     assert all(line["repeats"] >= roofline.LEAST and line["median_s"] > 0 for line in lines) and picture.stat().st_size > 10_000
-    assert "residual blocks" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "residual blocks" in output and "small network: dim 16, multiples 1,2,4" in output
+
+
+def test_roofline_of_what_cannot_run_here_ends_at_once(monkeypatch, capsys):
+    monkeypatch.setattr(roofline, "measure_matrix_rate", lambda dtype, device: pytest.fail("it is not needed, and on a CPU slow"))
+    assert roofline.main(["--device=cpu", "--batch=1", "--horizon=8", "--dim=16", "--variants=cudnn"]) == 1
+    error = capsys.readouterr().err
+    assert "error: cudnn: The Triton blocks need an NVIDIA GPU" in error and "Traceback" not in error
 
 
 def test_the_profile_of_a_rollout_shows_its_ranges():
