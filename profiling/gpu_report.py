@@ -25,6 +25,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(REPO / "benchmarks"), str(REPO)]  # the options' modules need nothing that the part "build" installs
+from command_line import documented_parser, input_folder, one_of, output_folder, tells_errors  # noqa: E402
+
+from dydiff.options import positive  # noqa: E402
+
 DEVICE_TESTED = "edm_step philox unet_kernels finish adam backend_choice rollout_capture memory updates training_precision"
 DEVICE_TESTS = [f"tests/test_{name}.py" for name in (*DEVICE_TESTED.split(), "one_step_models")]
 UPDATES = "--variants=published,stock,eager,graph,bf16"
@@ -126,7 +131,7 @@ def read_output(command: list[str]) -> str:
 
 
 def run_part(part: Part, seconds: float) -> dict[str, object]:
-    """Run one part for at most so long and say what came out; never raises. Nothing that it started outlives it."""
+    """Run one part for at most so long and say what came out. Nothing that it started outlives it."""
     begin = time.perf_counter()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     unbuffered = os.environ | {"PYTHONUNBUFFERED": "1"}  # or what a part printed would be lost with it
@@ -138,6 +143,9 @@ def run_part(part: Part, seconds: float) -> dict[str, object]:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 status, output = "timeout", read_rest(process)
+            except KeyboardInterrupt:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
     except OSError as error:
         status, output = "not started", str(error)
     record: dict[str, object] = {
@@ -160,13 +168,14 @@ def read_rest(process: subprocess.Popen) -> str:
         return (late.output or b"").decode(errors="replace")
 
 
+@tells_errors
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu-report")), help="folder for the report")
-    parser.add_argument("--cases", type=Path, default=REPO / "tests" / "data" / "conformance", help="conformance cases")
-    parser.add_argument("--wheels", type=Path, help="folder with wheels of missing dependencies, for a machine without network")
-    parser.add_argument("--only", nargs="+", default=None, help="parts to run (default: all)")
-    parser.add_argument("--seconds", type=float, default=570, help="time for everything")
+    parser = documented_parser(__doc__)
+    parser.add_argument("--out", type=output_folder, default=os.environ.get("OUT", "gpu-report"), help="folder for the report")
+    parser.add_argument("--cases", type=input_folder, default=REPO / "tests" / "data" / "conformance", help="conformance cases")
+    parser.add_argument("--wheels", type=input_folder, help="folder with wheels of what is missing, for a machine without network")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="parts to run (default: all)")
+    parser.add_argument("--seconds", type=positive(float), default=570, help="time for everything")
     parser.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)  # these two in processes that parts started
     parser.add_argument("--conformance", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -176,18 +185,16 @@ def main() -> int:
         return check_conformance(options.conformance)
     end = time.perf_counter() + options.seconds
     out = options.out.resolve()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"argument --out: cannot make '{out}' ({error.strerror}); name another folder")
     report: dict[str, object] = {"machine": describe_machine(), "parts": {}}
     failed = []
     with tempfile.TemporaryDirectory() as numbers:
         parts = list_parts(out, Path(numbers), options.cases.resolve(), options.wheels and options.wheels.resolve())
-        if unknown := set(options.only or ()) - {part.name for part in parts}:
-            parser.error(f"no part {', '.join(sorted(unknown))} here; there are {', '.join(part.name for part in parts)}")
+        try:
+            only = [one_of(part.name for part in parts)(name) for name in options.only or ()]
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"argument --only: {error}")
         for part in parts:
-            if options.only and part.name not in options.only:
+            if only and part.name not in only:
                 continue
             left = end - time.perf_counter()
             late = {"status": "left out", "seconds": 0.0, "output_tail": ""}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -53,6 +56,25 @@ def test_a_hanging_part_ends_with_all_that_it_started(report, tmp_path):
     assert not alive.exists(), "what the part started is still running"
 
 
+def test_an_interrupted_report_ends_with_all_that_it_started(tmp_path):
+    alive = tmp_path / "alive"
+    part = f"import time, pathlib\nfor _ in range(100): pathlib.Path({str(alive)!r}).write_text('x'); time.sleep(0.1)"
+    listed = f"lambda *_: [gpu_report.Part('long', [sys.executable, '-c', {part!r}], 60)]"
+    code = f"import sys, gpu_report; gpu_report.list_parts = {listed}; sys.exit(gpu_report.main())"
+    environment = os.environ | {"PYTHONPATH": str(gpu_report.REPO / "profiling")}
+    command = [sys.executable, "-c", code, f"--out={tmp_path}"]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        end = time.monotonic() + 60
+        while not alive.exists() and time.monotonic() < end:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and error == "error: interrupted.\n"
+    alive.unlink()
+    time.sleep(0.5)
+    assert not alive.exists(), "what the part started is still running"
+
+
 def test_what_a_killed_part_printed_is_kept_whoever_holds_its_pipe(report, monkeypatch):
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     monkeypatch.setattr(gpu_report, "LAST_WORDS", 0.5)
@@ -74,8 +96,21 @@ def test_time_for_everything(report):
 
 def test_a_part_that_is_not_there_is_refused(report, capsys):
     with pytest.raises(SystemExit):
-        report([python("race", "pass", 9)], "--only", "rcae")
-    assert "no part rcae here; there are race" in capsys.readouterr().err
+        report([python("race", "pass", 9), python("build", "pass", 9)], "--only", "rcae")
+    assert "argument --only: there is no 'rcae' (did you mean race?); choose from race, build" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option, message", [
+    ("--seconds=-3", "argument --seconds: -3 is not above 0"),
+    ("--wheels=/nowhere", "argument --wheels: there is no folder '/nowhere'"),
+    ("--cases=/nowhere", "argument --cases: there is no folder '/nowhere'"),
+    (f"--out={__file__}/report", "name another folder"),
+    ("--onyl=race", "did you mean --only?"),
+])  # fmt: skip
+def test_what_cannot_work_is_refused_before_the_first_part(report, option, message, capsys):
+    with pytest.raises(SystemExit):
+        report([python("race", "raise SystemExit('it ran')", 9)], option)
+    assert message in capsys.readouterr().err
 
 
 def test_parts_are_commands_that_exist(tmp_path):
