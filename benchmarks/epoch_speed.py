@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from command_line import add_network_options, make_timing_parser, some_of
+from command_line import HORIZON, add_network_options, check_network, make_timing_parser, some_of
 from harness import Case, Failures, Patience, Session, Variant, run_benchmark
 from results import show_seconds
 from torch import Tensor
@@ -232,11 +232,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     variants = f"of epoch, some of {','.join(VARIANTS)}"
     parser.add_argument("--variants", type=some_of(VARIANTS), default=list(VARIANTS), help=variants)
     parser.add_argument("--starts", type=number, help="start states of a rollout (default: 16 on a CPU, 2048 on a GPU; --quick: 4)")
-    parser.add_argument("--horizon", type=number, default=100, help="rows of a rollout")
+    parser.add_argument("--horizon", type=number, default=HORIZON, help="rows of a rollout")
     parser.add_argument("--num-steps", type=number, default=NUM_STEPS, help="noise levels of the sampler")
     parser.add_argument("--evaluation-steps", type=number, help="environment steps of an evaluation (default: 5000, --quick: 1000)")
     add_network_options(parser)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    check_network(parser, options)
+    if options.num_steps < 2:
+        parser.error("argument --num-steps: the sampler has no fewer than 2 noise levels")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

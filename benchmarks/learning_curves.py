@@ -24,7 +24,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from command_line import documented_parser, output_file, several, some_of, tells_errors
+from command_line import documented_parser, one_of, output_file, several, some_of, tells_errors
 from harness import append_lines
 from machine import describe_machine
 from update_baselines import TD3BC, Replay, sample_published
@@ -43,7 +43,7 @@ from dydiff.replay import ReplayBuffer
 from dydiff.reports.tables import format_table, plus_minus
 from dydiff.reports.uncertainty import bootstrap_difference, standard_error
 from dydiff.trainer import Evaluation, PolicyTrainer, Saving
-from dydiff.updates import MODES
+from dydiff.updates import MODES, choose_mode
 
 BATCH, LONGEST = 256, 1000
 
@@ -138,13 +138,13 @@ def compare(curves: dict[str, np.ndarray], updates: int) -> str:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = documented_parser(__doc__)
     parser.add_argument("--dataset", required=True, help="dataset with a simulator")
-    parser.add_argument("--agent", choices=list(AGENTS), default="td3_bc")
+    parser.add_argument("--agent", type=one_of(AGENTS), default="td3_bc", help=f"one of {', '.join(AGENTS)}")
     parser.add_argument("--variants", type=some_of(VARIANTS), default=["published", "ours"], help=f"some of {','.join(VARIANTS)}")
     parser.add_argument("--seeds", type=several(parse_seed), default=[0, 1, 2], help="seeds of each trainer")
     parser.add_argument("--epochs", type=positive(int), default=10)
     parser.add_argument("--updates", type=positive(int), default=500, help="of an epoch")
     parser.add_argument("--steps", type=positive(int), default=5000, help="environment steps of an evaluation")
-    parser.add_argument("--mode", choices=MODES, default="eager", help="update mode of ours")
+    parser.add_argument("--mode", type=one_of(MODES), default="eager", help=f"update mode of ours: {', '.join(MODES)}")
     parser.add_argument("--device", default="auto", help="cpu, cuda:0, ...; auto takes a GPU if there is one")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="append one JSON object a trainer")
     options = parser.parse_args(arguments)
@@ -157,6 +157,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     options.device = find_device(options.device)
+    choose_mode(options.mode, torch.device(options.device), options.updates)  # refuses what cannot work here before the work
     problem = load_problem(options.dataset)
     if problem.spec is None:
         raise DydiffError(f"'{options.dataset}' has no simulator here, so there are no returns to compare.")

@@ -25,18 +25,19 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from command_line import documented_parser, several, some_of
+from command_line import HORIZON, check_network, documented_parser, input_folder, output_folder, several, some_of, tells_errors
 from returns_report import write_report
 
 from dydiff.data import load_dataset
 from dydiff.device import find_device
 from dydiff.errors import DydiffError
-from dydiff.experiments.experiment import ALGORITHMS
+from dydiff.experiments.experiment import ALGORITHMS, load_experiment
 from dydiff.experiments.workers import Job, list_jobs, run_jobs, skip_finished
 from dydiff.models import DIFFUSION, DYNAMICS, REWARD
 from dydiff.options import add_train_options, make_parser, parse_ints, positive, training_settings
@@ -78,16 +79,37 @@ def run_task(dataset: str, options: argparse.Namespace) -> None:
     root = options.out / Path(dataset).stem
     root.mkdir(parents=True, exist_ok=True)
     models = find_models(dataset, root, options)
-    by_file = []
+    by_file = [list_jobs(file, changes, root) for file, changes in write_experiments(dataset, root, models, options)]
+    by_seed = zip(*by_file, strict=True)
+    finish([job for jobs in by_seed for job in jobs], options)
+
+
+def check_task(dataset: str, options: argparse.Namespace) -> None:
+    """Refuse what would end a dataset's trainings, before those of any dataset begin.
+
+    Raises:
+        DydiffError: no such dataset or setting.
+    """
+    load_dataset(dataset)
+    with tempfile.TemporaryDirectory() as folder:
+        not_yet = dict.fromkeys((DIFFUSION, DYNAMICS, REWARD), "auto")
+        for file, changes in write_experiments(dataset, Path(folder), not_yet, options):
+            load_experiment(file, changes)
+
+
+def write_experiments(
+    dataset: str, root: Path, models: dict[str, str], options: argparse.Namespace
+) -> list[tuple[Path, list[str]]]:
+    """Write the experiment files of the policies; each with what --set changes of it."""
+    written = []
     for algorithm in options.algorithms:
         others = tuple(f"{SECTIONS[other]}." for other in options.algorithms if other != algorithm)
         changes = [text for text in options.set if not text.startswith(others)]
         for method in options.methods:
             file = root / f"{algorithm}-{method}.yaml"
             write_experiment(file, describe_policy(dataset, algorithm, method, models, options), options.seeds)
-            by_file.append(list_jobs(file, changes, root))
-    by_seed = zip(*by_file, strict=True)
-    finish([job for jobs in by_seed for job in jobs], options)
+            written.append((file, changes))
+    return written
 
 
 def find_models(dataset: str, root: Path, options: argparse.Namespace) -> dict[str, str]:
@@ -187,7 +209,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = documented_parser(__doc__)
     add = parser.add_argument
     add("--datasets", "--dataset", type=several(str), default=[], help="D4RL names, local names or files, separated by commas")
-    add("--out", type=Path, default=Path("training-runs/offline-returns"), help="folder of the runs and the report")
+    add("--out", type=output_folder, default="training-runs/offline-returns", help="folder of the runs and the report")
     add("--algorithms", type=some_of(SECTIONS), default=["td3_bc", "diffusion_ql"], help=f"some of {','.join(SECTIONS)}")
     add("--methods", type=some_of(METHODS), default=list(METHODS), help=f"some of {','.join(METHODS)}")
     add("--seeds", type=several(parse_seed), default=[0, 1, 2])
@@ -196,13 +218,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--small", action="store_true", help="sizes for two CPU cores: " + ", ".join(f"{k} {v}" for k, v in SMALL.items()))
     add("--report-only", action="store_true", help="train nothing; report on what is finished")
     models = parser.add_argument_group("trained models, instead of training them")
-    models.add_argument("--models", type=Path, help="folder with finished runs of all three: the newest on the dataset count")
+    models.add_argument("--models", type=input_folder, help="folder with finished runs of all three; the newest of each counts")
     models.add_argument("--diffusion", help="diffusion model: run folder or file")
     models.add_argument("--dynamics", help="dynamics ensemble: run folder or file")
     models.add_argument("--reward", help="reward model: run folder or file")
     sizes = parser.add_argument_group("sizes of the models that it trains")
     add = sizes.add_argument
-    add("--horizon", type=positive(int), default=100, help="rows of a rollout")
+    add("--horizon", type=positive(int), default=HORIZON, help="rows of a rollout")
     add("--dim", type=positive(int), default=128, help="width of the U-Net")
     add("--dim-mults", type=parse_ints, default=[1, 4, 8], help="its widths by level, times dim")
     add("--duration", type=positive(float), default=4.0, help="length of its training, in millions of windows")
@@ -229,12 +251,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not options.datasets and not options.report_only:
         parser.error("name a dataset with --dataset")
+    check_network(parser, options)
     # A run is known again by its settings, and paths are among them.
     options.out = options.out.resolve()
     options.datasets = [str(Path(name).resolve()) if Path(name).is_file() else name for name in options.datasets]
     return options
 
 
+@tells_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     status = 0
@@ -242,16 +266,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.device = find_device(options.device)
         cores = len(os.sched_getaffinity(0)) if options.device == "cpu" else 1
         options.workers = options.workers or cores
-        for dataset in [] if options.report_only else options.datasets:
+        datasets = [] if options.report_only else options.datasets
+        for dataset in datasets:
+            check_task(dataset, options)
+        for dataset in datasets:
             run_task(dataset, options)
     except DydiffError as error:  # what is finished is reported all the same
         print(f"error: {error}", file=sys.stderr)
         status = 1
-    try:
-        print(write_report(options.out))
-    except DydiffError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 1
+    print(write_report(options.out))
     return status
 
 

@@ -82,25 +82,34 @@ def clone_real_actions(agent: TD3BC, num_real: int) -> None:
     agent.policy_loss = policy_loss
 
 
-def train(
-    run: Path, seed: int | None, true_reward: bool, clone_real: bool, changes: Sequence[str], say: Callable[[str], None]
-) -> tuple[list[int], list[float]]:
-    """Repeat a DyDiff run with the simulator's rollouts and changed settings; epochs and returns of its evaluations.
-
-    `seed` is None for the run's own.
+def read_variant(run: Path, seed: int | None, clone_real: bool, changes: Sequence[str]) -> Variant:
+    """What a DyDiff run was trained with, changed as asked; `seed` is None for the run's own.
 
     Raises:
-        DydiffError: no run with rollouts is there, its data or models are gone, or `clone_real` is asked of another algorithm.
+        DydiffError: no run with rollouts is there, there is no such setting, or `clone_real` is asked of another algorithm.
     """
     settings = read_settings(run)
     if settings is None or settings.get("stage") not in AGENTS:
         raise DydiffError(f"'{run}' is no run of a policy. Name run folders of policies that were trained with DyDiff.")
     override(settings["constants"], [*changes, *([] if seed is None else [f"seed={seed}"])])
     constants = from_mapping(Constants, settings["constants"], f"{run / 'settings.yaml'}: constants")
-    problem = load_problem(constants.dataset_name, constants.env_specs.env_name, constants.env_specs.backend)
     if constants.rl_trainer_params.real_ratio >= 1:
         raise DydiffError(f"'{run}' was trained without DyDiff: it has no rollouts to replace. Name runs with it.")
-    variant = Variant(settings["stage"], constants, {}, 0)
+    if clone_real and AGENTS[settings["stage"]] is not TD3BC:
+        raise DydiffError(f"--clone-real is about TD3+BC's cloning term; '{run}' has none.")
+    return Variant(settings["stage"], constants, {}, 0)
+
+
+def train(
+    run: Path, variant: Variant, true_reward: bool, clone_real: bool, say: Callable[[str], None]
+) -> tuple[list[int], list[float]]:
+    """Repeat a DyDiff run with the simulator's rollouts; epochs and returns of its evaluations.
+
+    Raises:
+        DydiffError: the run's data or models are gone.
+    """
+    constants = variant.constants
+    problem = load_problem(constants.dataset_name, constants.env_specs.env_name, constants.env_specs.backend)
     with Progress(run.name) as progress:
         models = find_models(constants, problem, run.parent)
         (trainer,) = build_policies([variant], problem, "cpu", models, progress)
@@ -110,8 +119,6 @@ def train(
     if true_reward:
         trainer.rollouts.reward_model = simulator.reward
     if clone_real:
-        if not isinstance(trainer.agent, TD3BC):
-            raise DydiffError(f"--clone-real is about TD3+BC's cloning term; '{run}' has none.")
         params = constants.rl_trainer_params
         clone_real_actions(trainer.agent, int(params.batch_size * params.real_ratio))
     epochs, returns = [], []
@@ -147,6 +154,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting of the runs; repeatable")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write all numbers, anew after every training")
     options = parser.parse_args(arguments)
+    if len({run.resolve() for run in options.runs}) < len(options.runs):
+        parser.error("argument RUN: a run is named twice")
+    # All of them first: what is wrong with the last is told before the first trains for hours.
+    variants = [
+        (run, read_variant(run, seed, options.clone_real, options.set))
+        for run, seed in itertools.product(options.runs, options.seeds)
+    ]
     recorded = [[line["evaluation/return"] for line in read_log(run) if "evaluation/return" in line] for run in options.runs]
     name = ", ".join(
         ["simulator", *["with its rewards"] * options.true_reward, *["data's actions cloned"] * options.clone_real, *options.set]
@@ -154,8 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lines = [describe("as recorded", recorded)] if all(recorded) else []
     about = {"runs": [run.name for run in options.runs], "seeds": options.seeds, "machine": describe_machine("cpu")}
     curves = []
-    for run, seed in itertools.product(options.runs, options.seeds):
-        epochs, returns = train(run, seed, options.true_reward, options.clone_real, options.set, partial(print, flush=True))
+    for run, variant in variants:
+        epochs, returns = train(run, variant, options.true_reward, options.clone_real, partial(print, flush=True))
         curves.append(returns)
         if options.json:
             text = json.dumps(about | {"epochs": epochs, "lines": [*lines, describe(name, curves)]}, indent=1) + "\n"

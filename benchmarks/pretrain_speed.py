@@ -34,7 +34,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from baselines import PlainUNet
-from command_line import add_network_options, make_timing_parser, several, some_of
+from command_line import HORIZON, add_network_options, check_network, make_timing_parser, several, some_of
 from harness import Case, Patience, Session, Variant, check_output, run_benchmark, time_call
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -272,11 +272,13 @@ def run_shape(batch: int, horizon: int, session: Session) -> None:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = make_timing_parser(__doc__, quick="few repetitions, nothing is compiled")
     parser.add_argument("--batch", type=several(positive(int)), default=[8], help="windows an update, such as 8,64")
-    parser.add_argument("--horizon", type=several(positive(int)), default=[100], help="rows, such as 32,100")
+    parser.add_argument("--horizon", type=several(positive(int)), default=[HORIZON], help="rows, such as 32,100")
     names = VARIANTS + ON_REQUEST
     parser.add_argument("--variants", type=some_of(names), help=f"some of {','.join(names)}")
     add_network_options(parser)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    check_network(parser, options)
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -44,7 +44,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from command_line import add_network_options, make_timing_parser, several, some_of
+from command_line import HORIZON, add_network_options, check_network, make_timing_parser, several, some_of
 from harness import BenchmarkError, Case, Failures, Measurement, Patience, Session, Variant, run_benchmark
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -232,11 +232,11 @@ def _resident(field: str) -> int:
 def list_shapes(options: argparse.Namespace) -> list[Shape]:
     """All combinations of --batch and --horizon if either is given; otherwise a sweep of each with the other one held."""
     on_gpu = options.device.startswith("cuda")
-    batches, horizons = options.batch or [choose_batch(options.device)], options.horizon or [100]
+    batches, horizons = options.batch or [choose_batch(options.device)], options.horizon or [HORIZON]
     pairs = [(batch, horizon) for horizon in horizons for batch in batches]
     if not (options.batch or options.horizon or options.quick):
         batches, held = ([16, 64, 256, 1024, 2048], 256) if on_gpu else ([16, 64], 16)
-        pairs = [(batch, 100) for batch in batches] + [(held, horizon) for horizon in (32, 64, 256)]
+        pairs = [(batch, HORIZON) for batch in batches] + [(held, horizon) for horizon in (32, 64, 256)]
     return [Shape(batch, horizon, options.dim, tuple(options.dim_mults)) for batch, horizon in pairs]
 
 
@@ -250,7 +250,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     add_network_options(parser)
     parser.add_argument("--peak-memory-of", help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    check_network(parser, options)
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

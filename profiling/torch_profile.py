@@ -15,7 +15,15 @@ from pathlib import Path
 os.environ["DYDIFF_RANGES"] = "1"  # before dydiff is imported
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from command_line import FULL_SIZE, documented_parser, one_of, output_file, tells_errors  # noqa: E402 - found only now
+from command_line import (  # noqa: E402 - found only now
+    FULL_SIZE,
+    HORIZON,
+    check_network,
+    documented_parser,
+    one_of,
+    output_file,
+    tells_errors,
+)
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 from workload import Ours, Shape, Workload  # noqa: E402
 
@@ -28,12 +36,13 @@ from dydiff.options import positive  # noqa: E402
 def main() -> None:
     parser = documented_parser(__doc__)
     parser.add_argument("--batch", type=positive(int), default=32)
-    parser.add_argument("--horizon", type=positive(int), default=100)
+    parser.add_argument("--horizon", type=positive(int), default=HORIZON)
     parser.add_argument("--backend", type=one_of(BACKENDS), default="auto")
     parser.add_argument("--steps", type=positive(int), default=4)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--trace", type=output_file)
     options = parser.parse_args()
+    check_network(parser, options)
     device = find_device(options.device)
     shape = Shape(options.batch, options.horizon, *FULL_SIZE)
     rollout = Ours(Workload(shape, device, num_steps=options.steps), options.backend)

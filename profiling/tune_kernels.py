@@ -18,6 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
+from dydiff.checkpoint import write_atomically
 from dydiff.errors import DydiffError
 from dydiff.kernels.convolution import Form, convolve
 from dydiff.kernels.fused_block import fuse_block, worth
@@ -30,7 +31,7 @@ from dydiff.networks.unet import UNet
 from dydiff.options import positive
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from command_line import documented_parser, output_file, tells_errors  # noqa: E402 - the folder is no package
+from command_line import HORIZON, check_network, documented_parser, output_file, tells_errors  # noqa: E402 - no package
 
 # Class of shapes -> tile, or TWO_PASS -> milliseconds of each layer of that class that it may serve.
 Times = dict[str, dict[Tile | str, list[float]]]
@@ -105,7 +106,7 @@ def fastest(times: Times) -> dict[str, str]:
 def save(choices: dict[str, str], name: str, path: Path) -> None:
     """Write the choices of one family of cards into the table."""
     table = {**read_table(path), name: choices}
-    path.write_text(json.dumps(table, indent=2) + "\n")
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(table, indent=2) + "\n"))
     read_table.cache_clear()
 
 
@@ -114,9 +115,14 @@ def main() -> None:
     parser = documented_parser(__doc__)
     sizes = "batch sizes to measure (default: 2048 32)"
     parser.add_argument("--batch", type=positive(int), nargs="+", default=[2048, 32], help=sizes)
-    parser.add_argument("--horizon", type=positive(int), default=100)
+    parser.add_argument("--horizon", type=positive(int), default=HORIZON)
     parser.add_argument("--save", type=output_file, default=TABLE, help="where to write the table (default: where it is read)")
     arguments = parser.parse_args()
+    check_network(parser, arguments)
+    try:
+        read_table(arguments.save)  # its other entries stay
+    except ValueError as error:
+        raise DydiffError(f"'{arguments.save}' is no table of launches ({error}); name another file with --save.") from error
     if reason := why_unavailable("cuda"):
         raise DydiffError(reason)
 

@@ -94,6 +94,11 @@ def test_commands(hopper, tmp_path, capsys):
     assert "did you mean 'num_epochs'" in capsys.readouterr().err
     assert perfect_dynamics.main([str(runs / "nothing")]) == 1
     assert "is no run of a policy. Name run folders" in capsys.readouterr().err
+    for wrong in ("nothing", "00000-"):  # a run of another kind, too; told before the first run trains
+        other = next((folder for folder in runs.iterdir() if folder.name.startswith(wrong)), runs / wrong)
+        assert perfect_dynamics.main([str(policy), str(other)]) == 1
+        output = capsys.readouterr()
+        assert f"'{other}' is no run of a policy" in output.err and not output.out
 
 
 def test_cloning_of_real_actions_alone():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -37,7 +39,18 @@ WRONG = [
     (updates_speed, "--seconds=nan", "argument --seconds: nan is not above 0 and finite"),
     (epoch_speed, "--starts=0", "argument --starts: 0 is not above 0"),
     (roofline, "--variants=bf17", "there is no 'bf17' (did you mean bf16?)"),
-    (learning_curves, "--dataset=x --mode=fast", "argument --mode: invalid choice: 'fast'"),
+    (learning_curves, "--dataset=x --mode=fast", "argument --mode: there is no 'fast'; choose from auto, eager"),
+    (learning_curves, "--dataset=x --agent=td3bc", "argument --agent: there is no 'td3bc' (did you mean td3_bc?)"),
+    (rollout_speed, "--horizon=32,30", "divisible by 4; 30 is not. Use --horizon=28"),
+    (rollout_speed, "--dim=12", "dim must be divisible by 8"),
+    (rollout_speed, "--dim-mults=1,2,4,8", "divisible by 8; 100 is not. Use --horizon=96"),
+    (pretrain_speed, "--horizon=32,30", "30 is not. Use --horizon=28"),
+    (epoch_speed, "--horizon=30", "30 is not. Use --horizon=28"),
+    (epoch_speed, "--num-steps=1", "argument --num-steps: the sampler has no fewer than 2"),
+    (roofline, "--horizon=30", "30 is not. Use --horizon=28"),
+    (offline_returns, "--dataset=x --horizon=30", "30 is not. Use --horizon=28"),
+    (offline_returns, "--dataset=x --models=/nowhere", "argument --models: there is no folder '/nowhere'"),
+    (perfect_dynamics, "x ./x", "argument RUN: a run is named twice"),
     (learning_curves, "--dataset=x --seeds=0,0", "'0,0' names something twice"),
     (offline_returns, "--dataset=x --methods=hardmx", "there is no 'hardmx' (did you mean hardmax?)"),
     (rollout_accuracy, "--dataset=x --starts=-1", "argument --starts: -1 is not above 0"),
@@ -63,6 +76,32 @@ def test_what_cannot_be_written_is_refused_before_the_work(script, tmp_path, cap
             script.main([*needed, f"--json={tmp_path / place}"])
         error = capsys.readouterr().err
         assert f"argument --json: cannot write '{tmp_path / place}' ({reason}); name another file" in error
+
+
+def test_a_write_protected_file_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "speed.json").touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # nothing is protected from root
+    with pytest.raises(argparse.ArgumentTypeError, match="it is write-protected"):
+        output_file(str(tmp_path / "speed.json"))
+    assert output_file(str(tmp_path / "new.json")) == tmp_path / "new.json"
+
+
+def test_a_folder_for_the_report_is_tried(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        offline_returns.main(["--report-only", f"--out={tmp_path / 'file' / 'returns'}"])
+    error = capsys.readouterr().err
+    assert f"argument --out: cannot write into '{tmp_path / 'file' / 'returns'}' (Not a directory); name another folder" in error
+
+
+def test_a_mode_that_this_machine_lacks_is_refused_before_the_data_is_read(capsys):
+    assert learning_curves.main(["--dataset=x", "--mode=graph", "--device=cpu"]) == 1
+    assert "update_mode 'graph' records CUDA graphs" in capsys.readouterr().err
+
+
+def test_the_summary_refuses_what_it_does_not_know():
+    done = subprocess.run([sys.executable, BENCHMARKS / "summary.py", "--jsno"], capture_output=True, text=True)
+    assert done.returncode == 2 and "unrecognized arguments: --jsno" in done.stderr and not done.stdout
 
 
 def test_a_folder_for_the_output_is_made(tmp_path, monkeypatch):

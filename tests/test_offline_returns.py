@@ -154,6 +154,15 @@ def test_failures_are_told_and_the_rest_is_reported(dataset, tmp_path, capfd):
     assert "softmaxx" in capfd.readouterr().err
 
 
+def test_a_wrong_setting_or_dataset_is_told_before_anything_trains(dataset, tmp_path, capfd):
+    out = tmp_path / "out"
+    status, _, errors = run(capfd, out, dataset, "--methods=softmax --seeds=0 --set td3_bc_params.alhpa=2.0")
+    assert status == 1 and "did you mean 'alpha'" in errors
+    status, _, errors = run(capfd, out, f"{dataset},{tmp_path}/gone.hdf5", "--methods=softmax --seeds=0")
+    assert status == 1 and "gone.hdf5" in errors
+    assert not list(out.iterdir()), "something was begun"
+
+
 def test_intervals():
     rng = np.random.default_rng(1)
     covered = 0
