@@ -10,13 +10,15 @@ import contextlib
 import errno
 import os
 import select
+import shlex
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from dydiff.data_tools.command import add_data_options, run_data
-from dydiff.errors import DydiffError
+from dydiff.errors import DydiffError, Interrupted
 from dydiff.options import (
     add_collect_options,
     add_import_options,
@@ -36,20 +38,22 @@ def run_train(options: argparse.Namespace) -> None:
     work = training_settings(options)
     from dydiff.device import find_device
     from dydiff.experiments.stages import train_diffusion
-    from dydiff.runs import find_unfinished, new_folder, removed_if_empty
+    from dydiff.runs import find_unfinished, new_folder, nothing_left_empty
 
-    device = find_device(options.device)
-    if options.resume is not None:
-        # How long a run is has no influence on what it does until then.
-        folder = find_unfinished(Path(options.resume), work, ["duration"], training_options)
-    elif options.folder is not None:
-        folder = Path(options.folder)
-    elif options.dry_run:
-        folder = Path(options.outdir)
-    else:
-        label = f"{Path(options.dataset).stem}-{options.rl_model_type}-H{options.max_length_of_trajectory}"
-        folder = new_folder(Path(options.outdir), "-".join(filter(None, [label, f"s{options.seed}", options.name])))
-    with removed_if_empty(folder):
+    device, root = find_device(options.device), Path(options.outdir)
+    with nothing_left_empty(root) as made:
+        if options.resume is not None:
+            # How long a run is has no influence on what it does until then.
+            folder = find_unfinished(Path(options.resume), work, ["duration"], training_options)
+        elif options.folder is not None:
+            folder = Path(options.folder)
+        elif options.dry_run:
+            folder = root
+        else:
+            label = f"{Path(options.dataset).stem}-{options.rl_model_type}-H{options.max_length_of_trajectory}"
+            folder = new_folder(root, "-".join(filter(None, [label, f"s{options.seed}", options.name])))
+            made.append(folder)
+        options.to_resume = ["--resume", str(folder)]
         train_diffusion(
             **work,
             folder=folder,
@@ -71,6 +75,7 @@ def run_experiment(options: argparse.Namespace) -> None:
     if options.list:
         print(show_runs(*what, root, options.shard))
     else:
+        options.to_resume = ["--resume"]
         run_all(*what, options.device, root, options.resume, options.shard)
 
 
@@ -154,7 +159,7 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The `dydiff` command; returns the exit status."""
-    with quiet_without_readers():
+    with quiet_without_readers(), interrupted_by_signals():
         return run_command(arguments)
 
 
@@ -167,6 +172,7 @@ def run_command(arguments: Sequence[str] | None) -> int:
         hidden = {} if name == "worker" else {"help": run.__doc__}
         add_options(subparsers.add_parser(name, description=run.__doc__, **hidden))
     options = parser.parse_args(arguments)
+    options.typed = ["dydiff", *(sys.argv[1:] if arguments is None else arguments)]
     return guarded(COMMANDS[options.command][1], options)
 
 
@@ -175,8 +181,28 @@ def main_of(command: str, prog: str, arguments: Sequence[str] | None = None) -> 
     add_options, run = COMMANDS[command]
     parser = make_parser(prog=prog, description=run.__doc__)
     add_options(parser)
-    with quiet_without_readers():
-        return guarded(run, parser.parse_args(arguments))
+    with quiet_without_readers(), interrupted_by_signals():
+        options = parser.parse_args(arguments)
+        options.typed = ["python", sys.argv[0], *(sys.argv[1:] if arguments is None else arguments)]
+        return guarded(run, options)
+
+
+@contextlib.contextmanager
+def interrupted_by_signals() -> Iterator[None]:
+    """Let what asks for the end by default end the command as Ctrl-C does: tidied up, and told."""
+
+    def interrupt(*ignored: object) -> None:
+        raise KeyboardInterrupt
+
+    heeded = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    heeded = heeded if threading.current_thread() is threading.main_thread() else []
+    for number in heeded:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in heeded:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
@@ -214,7 +240,7 @@ def guarded(run: Callable[[argparse.Namespace], None], options: argparse.Namespa
             end_with_parent()
         run(options)
     except DydiffError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}{how_to_go_on(options) if isinstance(error, Interrupted) else ''}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("error: interrupted; what is not saved yet is lost.", file=sys.stderr)
@@ -228,6 +254,13 @@ def guarded(run: Callable[[argparse.Namespace], None], options: argparse.Namespa
     return 0
 
 
+def how_to_go_on(options: argparse.Namespace) -> str:
+    """The command that resumes what a signal stopped; of a worker the command that started it is the one to repeat."""
+    if getattr(options, "end_with_parent", False) or not hasattr(options, "to_resume"):
+        return ""
+    return f" Go on with: {shlex.join([*options.typed, *([] if options.resume else options.to_resume)])}"
+
+
 def explain_shortage(error: Exception) -> str | None:
     """What to tell where disk or memory ran out in a place that has no better words for it; None for any other error."""
     if isinstance(error, OSError):
@@ -237,7 +270,7 @@ def explain_shortage(error: Exception) -> str | None:
     from dydiff.memory import is_out_of_memory
 
     reason = " ".join(str(error).split())[:300]
-    return f"Out of memory ({reason}). End what else runs on the device, or lower batch sizes." if is_out_of_memory(error) else None
+    return f"Out of memory ({reason}). End what else runs there, or ask for less at once." if is_out_of_memory(error) else None
 
 
 if __name__ == "__main__":

@@ -8,6 +8,10 @@ class DydiffError(Exception):
     """
 
 
+class Interrupted(DydiffError):
+    """The work was stopped by a signal after saving its state."""
+
+
 class NotFinite(DydiffError):
     """A loss, a weight or a rollout holds a NaN or an infinity: training stops, and what was saved before it stays."""
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -22,6 +24,7 @@ from conftest import DATASET, check_refusal, check_usage
 import dydiff
 from dydiff.cli import quiet_without_readers
 from dydiff.config import RANGES
+from dydiff.diffusion.training import DiffusionTrainer
 from dydiff.options import MAX_SEED
 from dydiff.runs import read_log, read_run
 
@@ -62,7 +65,8 @@ def test_help_names_every_command_and_option(command):
 
 def test_version_says_what_a_report_needs(command):
     outcome = command("--version")
-    assert outcome.status == 0 and outcome.output.startswith(f"dydiff {dydiff.__version__}, Python 3.")
+    commit = r"( \([0-9a-f]{12}\+?\))?"  # of a clone
+    assert outcome.status == 0 and re.match(rf"dydiff {dydiff.__version__}{commit}, Python 3\.", outcome.output)
     assert f"torch {torch.__version__}" in outcome.output and "compiled parts: there" in outcome.output.splitlines()[2]
 
 
@@ -148,7 +152,18 @@ def test_missing_dataset(train, run_stage, tmp_path):
     check_refusal(train("hopper-medium-expert-v9"), "'hopper-medium-expert-v9'")
     check_refusal(train(tmp_path / "none.hdf5"), "none.hdf5")
     check_refusal(run_stage("reward", tmp_path / "none.hdf5"), "none.hdf5")
-    assert not list((tmp_path / "runs").iterdir()), "an empty run folder was left behind"
+    assert not (tmp_path / "runs").exists(), "a folder was left behind"
+    (tmp_path / "runs").mkdir()
+    check_refusal(train(tmp_path / "none.hdf5"), "none.hdf5")
+    assert not list((tmp_path / "runs").iterdir()), "what was there before stays, and nothing more"
+
+
+def test_what_a_signal_stops_before_the_training_leaves_nothing_behind(train, run_stage, tmp_path, monkeypatch):
+    monkeypatch.setattr("dydiff.experiments.stages.seed_everything", lambda seed: os.kill(os.getpid(), signal.SIGTERM))
+    for outcome in (train("x"), run_stage("reward", "x")):
+        assert outcome.status == 130 and outcome.errors == "error: interrupted; what is not saved yet is lost.\n"
+        assert not (tmp_path / "runs").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_unknown_environment(run_stage, command, dataset_file):
@@ -270,6 +285,23 @@ def test_finished_diffusion_training_is_continued_by_a_longer_duration(train, da
         refused = train(dataset, f"--resume={run}", f"--duration={duration}")
         check_refusal(refused, "is finished", "A longer --duration would continue it")
     assert read_run(run)["status"] == "finished", "what is finished stays so"
+
+
+def test_a_stopped_diffusion_training_says_how_to_go_on(train, command, dataset, tmp_path):
+    run_epoch = DiffusionTrainer.run_epoch
+
+    def stopped(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return run_epoch(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DiffusionTrainer, "run_epoch", stopped)
+        outcome = train(dataset, "--name=a b")
+    (run,) = (tmp_path / "runs").iterdir()
+    check_refusal(outcome, f"Stopped by SIGTERM after epoch 1; the state is saved in '{run}'. Go on with: dydiff train -m ")
+    words = shlex.split(outcome.errors.rpartition("Go on with: ")[2])
+    assert words[-2:] == ["--resume", str(run)] and command(*words[1:]).status == 0
+    assert read_run(run)["status"] == "finished"
 
 
 def test_two_runs_in_one_folder(train, dataset, tmp_path):

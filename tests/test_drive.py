@@ -264,8 +264,12 @@ def test_a_resumed_progress_bar_begins_where_the_run_does(run_stage, dataset, mo
         return run_epoch(self)
 
     with monkeypatch.context() as patch:
+        told: list[object] = []
+        patch.setattr("dydiff.runs.drive.os", SimpleNamespace(write=lambda *arguments: told.extend(arguments)))
         patch.setattr(Fit, "run_epoch", interrupted)
-        check_refusal(run_stage("reward", dataset, CPU), "Stopped by signal 15 after epoch 4; the state is saved")
+        outcome = run_stage("reward", dataset, CPU)
+    assert told == [2, b"\nStopping as soon as what is under way can be saved. A second signal stops at once, without saving.\n"]
+    check_refusal(outcome, "Stopped by SIGTERM after epoch 4; the state is saved", f"{CPU} --resume")
     (run,) = (tmp_path / "runs").iterdir()
     assert read_state(run) == "interrupted"
     status = run / "run.json"

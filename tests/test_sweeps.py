@@ -42,6 +42,7 @@ def test_sweep_with_a_failing_variant(run_stage, dataset, tmp_path, processes):
     outcome = run_stage("reward", dataset, *options, variables=variables)
     check_refusal(outcome, "1 of 3 variants failed", "lr=1e_30-s0/output.log", "--resume")
     runs = sorted((tmp_path / "runs").iterdir())
+    assert f"FAILED: {runs[1]}: The training loss of RewardModel is not finite" in outcome.errors, "why is not told"
     assert [read_run(run)["status"] for run in runs] == ["finished", "failed", "finished"]
     assert [(run / "model.safetensors").exists() for run in runs] == [True, False, True]
     assert "error: " in (runs[1] / "output.log").read_text()
@@ -138,10 +139,18 @@ def test_sweep_passes_a_signal_on_and_waits(run_stage, dataset, tmp_path, proces
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workers, "time", SimpleNamespace(sleep=interrupt_when_training))
         outcome = run_stage("reward", dataset, *options, variables=variables)
-    check_refusal(outcome, "Stopped by signal 15", "--resume")
+    check_refusal(outcome, "Stopped by SIGTERM", "Go on with: dydiff run -e ", "--resume")
     assert [process.poll() for process, _ in processes] == [1, 1]
     for run in (tmp_path / "runs").iterdir():
         assert read_run(run)["status"] == "interrupted" and (run / "state.safetensors").exists()
+
+
+def test_workers_that_are_stopped_before_they_begin_leave_nothing_behind(run_stage, dataset, tmp_path, processes):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "time", SimpleNamespace(sleep=lambda seconds: os.kill(os.getpid(), signal.SIGTERM)))
+        outcome = run_stage("reward", dataset, "--device=cpu", "--set=meta_data.num_workers=2", variables={"seed": [1, 2, 3]})
+    check_refusal(outcome, "Stopped by SIGTERM")
+    assert len(processes) == 2 and not (tmp_path / "runs").exists()
 
 
 def test_workers_of_a_killed_sweep_save_and_stop(dataset, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import signal
@@ -15,14 +14,14 @@ from pathlib import Path
 
 from dydiff.child import module_command
 from dydiff.device import find_device
-from dydiff.errors import DydiffError
+from dydiff.errors import DydiffError, Interrupted
 from dydiff.experiments.experiment import Experiment, load_experiment
 from dydiff.experiments.identity import describe, find_own, label, name_nearest
 from dydiff.experiments.stages import run_variants
 from dydiff.progress import Progress, say
 from dydiff.reports.tables import format_table
-from dydiff.runs import list_settings, new_folder, read_log, read_run, read_state, removed_if_empty
-from dydiff.runs.drive import Interrupted, Interrupts
+from dydiff.runs import list_settings, new_folder, nothing_left_empty, read_log, read_run, read_state, remove_unbegun
+from dydiff.runs.drive import Interrupts
 
 LOG = "output.log"
 
@@ -65,21 +64,19 @@ def run_all(
     own = _take_shard(experiment, shard)
     if len(own) < len(experiment.groups):
         print(f"Shard {shard[0]} of {shard[1]}: {len(own)} of {len(experiment.groups)} runs.")
-    jobs = _list_jobs(experiment, own, _worker_command(file, overrides, dataset, root), root, resume)
-    pending = skip_finished(jobs)
-    if not pending:
-        print("Nothing is left to do. A greater rl_trainer_params.num_epochs continues finished policies.")
-        return
-    if len(pending) == 1:
-        (job,) = pending
-        with contextlib.ExitStack() as stack:
-            for folder in job.folders:
-                stack.enter_context(removed_if_empty(folder))
+    with nothing_left_empty(root) as folders:
+        jobs = _list_jobs(experiment, own, _worker_command(file, overrides, dataset, root), root, resume)
+        folders += itertools.chain.from_iterable(job.folders for job in jobs)
+        pending = skip_finished(jobs)
+        if not pending:
+            print("Nothing is left to do. A greater rl_trainer_params.num_epochs continues finished policies.")
+        elif len(pending) == 1:
+            (job,) = pending
             _run_variants(experiment, job.variants, job.folders, root, devices[0])
-        for folder in job.folders:
-            print(f"Run folder: {folder}")
-        return
-    run_jobs(pending, devices, experiment.meta.num_workers)
+            for folder in job.folders:
+                print(f"Run folder: {folder}")
+        else:
+            run_jobs(pending, devices, experiment.meta.num_workers)
 
 
 def show_runs(file: str, overrides: Sequence[str], dataset: str | None, root: Path, shard: tuple[int, int] = (1, 1)) -> str:
@@ -209,36 +206,39 @@ def run_jobs(jobs: Sequence[Job], devices: Sequence[str], num_workers: int) -> N
                             env=environment,
                             start_new_session=True,
                         )
-                    running[process] = (job.folder, slot)
+                    running[process] = (job, slot)
                 time.sleep(0.2)
                 for process in [process for process in running if process.poll() is not None]:
-                    folder, slot = running.pop(process)
+                    job, slot = running.pop(process)
                     process.stdin.close()
                     free_slots.append(slot)
                     progress.advance(1)
                     if process.returncode:
-                        failed.append(folder)
-                        say(f"FAILED: {folder}, see {folder / LOG}")
+                        failed.append(job.folder)
+                        say(f"FAILED: {job.folder}: {_last_line(job.folder / LOG)}")
                     else:
-                        say(f"Finished: {folder}")
+                        say(f"Finished: {job.folder}")
         finally:  # after an interrupt the workers save and stop
             for process in running:
                 process.terminate()
             for process in running:
                 process.wait()
-            for job in queue:  # never begun: a new folder of one is empty
+            for job in (*queue, *(job for job, _ in running.values())):  # some perhaps never began
                 for folder in job.folders:
-                    with contextlib.suppress(OSError):
-                        folder.rmdir()
+                    remove_unbegun(folder, LOG)
     if interrupts.received:
-        raise Interrupted(
-            f"Stopped by signal {interrupts.received}; the running variants have saved their state. Continue with --resume."
-        )
+        raise Interrupted(f"Stopped by {signal.Signals(interrupts.received).name}; the running variants have saved their state.")
     if failed:
         logs = ", ".join(str(folder / LOG) for folder in failed)
         raise DydiffError(
             f"{len(failed)} of {len(jobs)} variants failed: {logs}. Repair the cause and run again with --resume."
         )
+
+
+def _last_line(log: Path) -> str:
+    """How a process ended, in its own words."""
+    lines = log.read_text(errors="replace").split("\n")
+    return next((line.removeprefix("error: ") for line in reversed(lines) if line.strip()), "without a word")
 
 
 def end_with_parent() -> None:

@@ -6,11 +6,12 @@ from dydiff.runs.folders import (
     list_runs,
     list_settings,
     new_folder,
+    nothing_left_empty,
     read_log,
     read_run,
     read_settings,
     read_state,
-    removed_if_empty,
+    remove_unbegun,
 )
 from dydiff.runs.run import STATE, Run, Stage
 
@@ -23,9 +24,10 @@ __all__ = [
     "list_runs",
     "list_settings",
     "new_folder",
+    "nothing_left_empty",
     "read_log",
     "read_run",
     "read_settings",
     "read_state",
-    "removed_if_empty",
+    "remove_unbegun",
 ]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Callable
 from typing import Any
 
-from dydiff.errors import DydiffError, NotFinite
+from dydiff.errors import DydiffError, Interrupted, NotFinite
 from dydiff.memory import is_out_of_memory
 from dydiff.runs import Run, Stage
 
@@ -30,14 +31,12 @@ class Interrupts:
         if self.received is not None:  # a second one means now
             raise KeyboardInterrupt
         self.received = number
+        with contextlib.suppress(OSError):  # to the file itself: the signal may have come in the middle of a print
+            os.write(2, b"\nStopping as soon as what is under way can be saved. A second signal stops at once, without saving.\n")
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-
-
-class Interrupted(DydiffError):
-    """The work was stopped by a signal after saving its state."""
 
 
 def drive(
@@ -83,13 +82,11 @@ def drive(
                     pause = (last - began) / SHARE if last - began > LONG else 0.0
                 if stopped_by is not None and not stage.finished:
                     status = "interrupted"
-                    raise Interrupted(
-                        f"Stopped by signal {stopped_by} after epoch {stage.epoch}; the state is saved in '{run.folder}'. To go "
-                        "on, repeat the command with --resume, that of train.py with --resume and this folder."
-                    )
-    except BaseException:
+                    name = signal.Signals(stopped_by).name
+                    raise Interrupted(f"Stopped by {name} after epoch {stage.epoch}; the state is saved in '{run.folder}'.")
+    except BaseException as error:
         with contextlib.suppress(DydiffError):  # what keeps the status from being written says the first error already
-            run.close(status)
+            run.close("interrupted" if isinstance(error, KeyboardInterrupt) else status)
         raise
     run.close("finished")
 

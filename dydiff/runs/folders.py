@@ -124,16 +124,28 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def removed_if_empty(folder: Path) -> Iterator[None]:
-    """Take a new run folder away again when the work in it fails before anything was written there."""
+def nothing_left_empty(root: Path) -> Iterator[list[Path]]:
+    """When the work fails, take away what it made and left empty: the run folders that it appends to the list, and `root`."""
+    new = [folder for folder in (root, *root.parents) if not os.path.exists(folder)]
+    folders: list[Path] = []
     try:
-        yield
+        yield folders
     except BaseException:
+        for folder in folders:
+            remove_unbegun(folder)
         with contextlib.suppress(OSError):
-            if os.listdir(folder) == [LOCK]:
-                (folder / LOCK).unlink()
-            folder.rmdir()
+            for folder in new:
+                folder.rmdir()
         raise
+
+
+def remove_unbegun(folder: Path, *besides: str) -> None:
+    """Remove a run folder in which no run has begun: one that holds at most the files `besides`."""
+    with contextlib.suppress(OSError):
+        if {LOCK, *besides}.issuperset(os.listdir(folder)):
+            for name in os.listdir(folder):
+                (folder / name).unlink()
+            folder.rmdir()
 
 
 def new_folder(root: Path, name: str) -> Path:
@@ -145,14 +157,14 @@ def new_folder(root: Path, name: str) -> Path:
     root = Path(root)
     slug = re.sub(r"[^A-Za-z0-9._=-]+", "_", name)[:150]  # file systems stop at 255 bytes
     try:
-        root.mkdir(parents=True, exist_ok=True)
         while True:
+            root.mkdir(parents=True, exist_ok=True)
             numbers = [int(match[1]) for entry in os.listdir(root) if (match := re.match(r"(\d{5})-", entry))]
             folder = root / f"{max(numbers, default=-1) + 1:05d}-{slug}"
             try:
                 folder.mkdir()
                 return folder
-            except FileExistsError:  # a sibling process took the number
+            except (FileExistsError, FileNotFoundError):  # a sibling process took the number, or removed a root that was empty
                 continue
     except OSError as error:
         raise DydiffError(f"Cannot create a run folder in '{root}': {error}. Choose another --outdir.") from error
