@@ -248,7 +248,7 @@ def from_mapping(cls: type, mapping: Any, where: str) -> Any:
     hints = typing.get_type_hints(cls)
     for key in mapping:
         if key not in hints:
-            raise unknown_key(f"{where}.{key}", str(key), hints, list(_in_sections(cls, str(key))))
+            raise unknown_key(f"{where}.{key}", str(key), hints, _names_by_last_part())
     # A text with nothing behind its key is not given.
     given = {key: value for key, value in mapping.items() if value is not None or not _is_text(hints[key])}
     return cls(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in given.items()})
@@ -259,18 +259,28 @@ def _is_text(hint: Any) -> bool:
     return str in kinds and type(None) not in kinds
 
 
-def _in_sections(cls: type, key: str, prefix: str = "") -> typing.Iterator[str]:
-    """The dotted names under which sections of `cls` have a setting `key`."""
-    for name, hint in typing.get_type_hints(cls).items():
-        for kind in filter(dataclasses.is_dataclass, (hint, *typing.get_args(hint))):
-            if key in typing.get_type_hints(kind):
-                yield f"{prefix}{name}.{key}"
-            yield from _in_sections(kind, key, f"{prefix}{name}.")
+def _names_by_last_part() -> dict[str, list[str]]:
+    """Every setting's dotted names, as overrides take them, by what they end in: one of no section has none."""
+    names: dict[str, list[str]] = {}
+
+    def add(cls: type, prefix: str) -> None:
+        for name, hint in typing.get_type_hints(cls).items():
+            if prefix:
+                names.setdefault(name, []).append(f"{prefix}{name}")
+            for kind in filter(dataclasses.is_dataclass, (hint, *typing.get_args(hint))):
+                add(kind, f"{prefix}{name}.")
+
+    add(MetaData, "meta_data.")
+    add(Constants, "")
+    return names
 
 
-def unknown_key(where: str, key: str, valid: typing.Iterable[str], elsewhere: typing.Sequence[str] = ()) -> DydiffError:
-    """The error for a key that does not exist: where else it does, the nearest valid one, or all of them."""
-    nearest = elsewhere or difflib.get_close_matches(key, list(valid), n=1, cutoff=0.5)
+def unknown_key(
+    where: str, key: str, valid: typing.Iterable[str], elsewhere: typing.Mapping[str, list[str]] = types.MappingProxyType({})
+) -> DydiffError:
+    """The error for a key that does not exist: where it does (`elsewhere`), the nearest valid one, or all that are valid."""
+    nearest = elsewhere.get(key) or difflib.get_close_matches(key, list(valid), n=1, cutoff=0.5)
+    nearest = nearest or [name for near in difflib.get_close_matches(key, list(elsewhere), n=1) for name in elsewhere[near]]
     hint = f"did you mean {' or '.join(map(repr, nearest))}?" if nearest else f"valid keys are {', '.join(valid)}."
     return DydiffError(f"Unknown setting '{where}': {hint}")
 

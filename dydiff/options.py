@@ -97,6 +97,14 @@ def share(text: str) -> float:
     return value
 
 
+def whole(text: str) -> int:
+    """A whole number of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
+
+
 def seed(text: str) -> int:
     """A whole number that every generator takes."""
     value = int(text)
@@ -141,7 +149,7 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-gpu", type=count, default=None, help="at most so many windows at a time (memory)")
     parser.add_argument("--duration", type=number, default=4.0, help="length of training, in millions of windows")
     parser.add_argument("--tick", type=number, default=1.0, help="how often to log, in thousands of windows")
-    parser.add_argument("--snap", type=int, default=0, help="write a snapshot of the model every so many ticks (0: never)")
+    parser.add_argument("--snap", type=whole, default=0, help="write a snapshot of the model every so many ticks (0: never)")
     parser.add_argument(
         "--dump",
         type=count,

@@ -83,7 +83,7 @@ def test_file_is_a_dataset(tmp_path, monkeypatch):
 
 
 def test_unknown_names_and_counts_are_refused():
-    with pytest.raises(DydiffError, match="hopper-full-replay-local.*maze2d-umaze-local.*hopper-random-local"):
+    with pytest.raises(DydiffError, match="hopper-full-replay-local.* such as hopper-medium-replay-local, .*data list local"):
         collect("hopper-full-replay-local", steps=10, seed=0)
     with pytest.raises(DydiffError, match="at least 2 steps"):
         collect_arrays("hopper-random-local", steps=1, seed=0)
@@ -133,15 +133,22 @@ def at_work(monkeypatch) -> list[tuple]:
     return begun
 
 
-@pytest.mark.parametrize("change", [["--steps=50"], ["--steps=60", "--seed=1"], ["another"]])
-def test_a_file_is_replaced_only_by_force(command, change, tmp_path, monkeypatch, at_work):
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (["--steps=50"], "with another steps (60, not 50)"),
+        (["--steps=60", "--seed=1"], "with another seed (0, not 1)"),
+        (["another"], "with another environment, "),
+    ],
+)
+def test_a_file_is_replaced_only_by_force(command, change, told, tmp_path, monkeypatch, at_work):
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
     assert command("collect", "maze2d-umaze-local", "--steps=60").status == 0
     file = tmp_path / "maze2d-umaze-local.hdf5"
     before, asked = file.read_bytes(), ["maze2d-umaze-local", *change]
     if change == ["another"]:  # the place is taken by another dataset
         asked = ["hopper-random-local", "--steps=60", f"--path={file}"]
-    check_refusal(command("collect", *asked), f"'{file}' exists", "Give another --path, or --force to replace it")
+    check_refusal(command("collect", *asked), f"'{file}' exists, made {told}", "Give another --path, or --force to replace it")
     assert file.read_bytes() == before and len(at_work) == 1
     assert command("collect", *asked, "--force").status == 0
     assert file.read_bytes() != before

@@ -11,6 +11,7 @@ import pytest
 from conftest import refusal
 
 from dydiff.data import Dataset, d4rl, dataset_from_arrays, dataset_path, files, load_dataset, normalized_score
+from dydiff.data.d4rl import local_names
 from dydiff.data.dataset import find_breaks
 from dydiff.errors import DydiffError
 
@@ -227,7 +228,7 @@ def test_a_local_name_without_a_recipe_is_not_told_to_be_made(cache):
     write(cache / "hopper-mine-local.hdf5", make_arrays())
     with pytest.raises(DydiffError, match="has no recipe for it; the nearest names are hopper-mine-local, ") as caught:
         load_dataset("hopper-mina-local")
-    assert "Make it" not in str(caught.value)
+    assert "Make it" not in str(caught.value) and "hopper-mine-local" in local_names()
 
 
 def test_local_data_cannot_pass_for_d4rl(cache):

@@ -183,6 +183,8 @@ def test_the_last_of_two_overrides_wins_and_mistakes_are_named(write):
     assert "'seed' is not of that form" in refusal(load_experiment, file, ["seed"])
     assert "the value is not YAML" in refusal(load_experiment, file, ["seed=[1"])
     assert "did you mean 'seed'?" in refusal(load_experiment, file, ["sed=1"])
+    (variant,) = load_experiment(file, ["constants.seed=3"]).variants  # as messages name it
+    assert variant.constants.seed == 3
     assert "meta_data.workers" in refusal(load_experiment, file, ["meta_data.workers=1"])
 
 

@@ -5,6 +5,7 @@ They are recorded with the installed MuJoCo, and their names end in "-local" so 
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import os
@@ -102,7 +103,8 @@ def _check_same(path: Path, metadata: dict[str, Scalar]) -> None:
         found = {}
     different = [key for key, value in metadata.items() if found.get(key) != value]
     if different:
-        which = "by something else" if "source" in different else f"with another {', '.join(different)}"
+        told = [f"{key} ({found.get(key)}, not {metadata[key]})" if key in ("steps", "seed") else key for key in different]
+        which = "by something else" if "source" in different else f"with another {', '.join(told)}"
         raise DydiffError(f"{str(path)!r} exists, made {which}. Give another --path, or --force to replace it.")
 
 
@@ -150,9 +152,9 @@ def _describe_recipe(spec: EnvironmentSpec, policies: int) -> str:
 
 def _spec_of(name: str) -> EnvironmentSpec:
     if name not in LOCAL_DATASETS:
-        raise DydiffError(
-            f"No recipe makes a dataset named {name!r}: choose one of those that exist, {', '.join(LOCAL_DATASETS)}."
-        )
+        nearest = difflib.get_close_matches(name, LOCAL_DATASETS, n=3, cutoff=0.5) or LOCAL_DATASETS
+        remedy = f"choose one of those that exist, such as {', '.join(nearest)}; `dydiff data list local` shows all"
+        raise DydiffError(f"No recipe makes a dataset named {name!r}: {remedy}.")
     return environment_spec(LOCAL_DATASETS[name])
 
 

@@ -17,6 +17,7 @@ LOCAL_SUFFIX = "-local"
 
 LOCOMOTION = ("hopper", "halfcheetah", "walker2d", "ant")
 QUALITIES = ("random", "medium", "expert", "medium-replay", "full-replay", "medium-expert")
+OTHERS = ("bullet", "carla", "door", "flow", "hammer", "kitchen", "minigrid", "pen", "relocate")  # known to the legacy package
 # What `dydiff collect` makes, with the environments.
 LOCAL_LOCOMOTION = ("hopper", "halfcheetah", "walker2d")
 LOCAL_DATASETS = {
@@ -144,20 +145,30 @@ def unknown_dataset(name: str, legacy_obstacle: str = "") -> DydiffError:
 
     `legacy_obstacle` says why the `d4rl` package, which knows more of them, was not asked.
     """
-    nearest = nearest_names(name) or ["hopper-medium-v2", "maze2d-umaze-v1"]
-    others = f". All other names of D4RL's (adroit, kitchen, ...) need the d4rl package, which does not import ({legacy_obstacle})"
+    if legacy_obstacle and name.partition("-")[0] in OTHERS:
+        return DydiffError(
+            f"The dataset {name!r} needs the legacy package d4rl, which does not import here ({legacy_obstacle}): dydiff itself "
+            'knows D4RL\'s locomotion and mazes. Install it (`pip install "dydiff[d4rl]"`; its mujoco-py needs MuJoCo 2.1 and an '
+            "older Python), or write the dataset to an HDF5 file where it imports, and give the path of that."
+        )
+    nearest = ", ".join(nearest_names(name))
+    near = f" The nearest known names are {nearest}." if nearest else ""
     return DydiffError(
-        f"Unknown dataset {name!r}. The nearest known names are {', '.join(nearest)}. A dataset is a D4RL name "
-        "(hopper, halfcheetah, walker2d, ant, maze2d or antmaze), a name that starts with an environment and ends in "
-        f"{LOCAL_SUFFIX!r}, for data that `dydiff collect` makes, or the path of a .hdf5, .h5 or .npz file"
-        f"{others if legacy_obstacle else ''}."
+        f"Unknown dataset {name!r}.{near} A dataset is a D4RL name such as hopper-medium-v2 (hopper, halfcheetah, walker2d, ant, "
+        f"maze2d or antmaze), a name that starts with an environment and ends in {LOCAL_SUFFIX!r}, for data that `dydiff collect` "
+        "makes, or the path of a .hdf5, .h5 or .npz file. `dydiff data list` shows the names."
     )
 
 
 def nearest_names(name: str) -> list[str]:
     """The names that come closest: D4RL's, those that `dydiff collect` makes, and local ones whose file is there."""
-    there = [file.stem for file in cache_folder().glob(f"*{LOCAL_SUFFIX}.hdf5")]
-    return difflib.get_close_matches(name, {**FILES, **LOCAL_DATASETS, **dict.fromkeys(there)}, n=3, cutoff=0.5)
+    return difflib.get_close_matches(name, [*FILES, *local_names()], n=3, cutoff=0.5)
+
+
+def local_names() -> list[str]:
+    """The names of the datasets that `dydiff collect` makes, and of others that are in the cache folder."""
+    there = sorted(file.stem for file in cache_folder().glob(f"*{LOCAL_SUFFIX}.hdf5") if is_local_name(file.stem))
+    return list(dict.fromkeys([*LOCAL_DATASETS, *there]))
 
 
 def environment_of(name: str) -> str | None:

@@ -50,7 +50,7 @@ def run_list(options: argparse.Namespace) -> None:
     from dydiff.data.minari_reader import list_minari
 
     print(f"Folder: {d4rl.cache_folder()}")
-    for name in (*d4rl.FILES, *d4rl.LOCAL_DATASETS):
+    for name in (*d4rl.FILES, *d4rl.local_names()):
         path = d4rl.dataset_path(name)
         size = f"{path.stat().st_size / 1e6:,.1f} MB" if path.is_file() else "-"
         if options.word in name and not (options.here and size == "-"):

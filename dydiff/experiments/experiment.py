@@ -238,7 +238,7 @@ def _parse_override(text: str) -> tuple[str, Any]:
     key, separator, value = text.partition("=")
     if not separator or not key.strip():
         raise DydiffError(f"--set takes key=value, for example rl_trainer_params.num_epochs=2; '{text}' is not of that form.")
-    return key.strip(), parse_yaml(value, f"--set {text[:80]}: the value is not YAML")
+    return key.strip().removeprefix("constants."), parse_yaml(value, f"--set {text[:80]}: the value is not YAML")
 
 
 def _assign(tree: dict, dotted: str, value: Any) -> None:
