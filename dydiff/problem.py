@@ -43,7 +43,12 @@ def load_problem(dataset_name: str, env_name: str | None = None, backend: str | 
             f"Dataset '{dataset.name}' does not say which environment it is from. Name it (for example hopper): "
             "--environment of `dydiff import`, env_specs.env_name in an experiment file."
         )
-    environment = environment_name(env_name or dataset.environment)
+    try:
+        environment = environment_name(env_name or dataset.environment)
+    except DydiffError as error:
+        if env_name:
+            raise
+        raise DydiffError(f"{error} That is what the metadata of dataset '{dataset.name}' say.") from error
     if dataset.environment in {*ENVIRONMENTS, *WITHOUT_SIMULATOR} - {environment}:
         raise DydiffError(
             f"Dataset '{dataset.name}' is from {dataset.environment}, but env_specs.env_name is {env_name}. Leave env_name out, or "

@@ -170,6 +170,11 @@ def test_unknown_environment(run_stage, command, dataset_file):
     with h5py.File(dataset_file, "a") as file:
         del file["metadata"]
     check_refusal(run_stage("td3_bc", dataset_file), "does not say which environment", "env_specs.env_name")
+    with h5py.File(dataset_file, "a") as file:
+        file["metadata/environment"] = "foo"
+    check_refusal(run_stage("td3_bc", dataset_file), "'foo' is unknown", "the metadata of dataset 'copy.hdf5' say")
+    with h5py.File(dataset_file, "a") as file:
+        del file["metadata"]
     (dataset_file.parent / "model.pkl").write_bytes(b"")
     imported = command("import", dataset_file.parent / "model.pkl", "--dataset", dataset_file)
     check_refusal(imported, "does not say which environment", "--environment of `dydiff import`")

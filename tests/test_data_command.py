@@ -110,6 +110,8 @@ def test_inspect_counts_what_loading_refuses(command, tmp_path, monkeypatch):
     outcome = command("data", "inspect", "odd.npz")
     assert outcome.status == 0, outcome.errors
     assert "NaN, infinite actions 2, rewards 12" in outcome.output and Path("odd.npz.png").exists()
+    outcome = command("data", "inspect", "odd.npz", "--picture", "b")
+    assert outcome.status == 0 and "Picture: b.png" in outcome.output and (tmp_path / "b.png").is_file()
     outcome = command("data", "inspect", "odd.npz", "--picture", "none/a.png")
     assert outcome.status == 1 and "none/a.png" in outcome.errors
 

@@ -73,6 +73,7 @@ def run_inspect(options: argparse.Namespace) -> None:
         print(f"metadata      {key}: {value}")
     print(inspection.describe(figures))
     picture = Path(options.picture or f"{Path(raw.name).name}.png")
+    picture = picture if picture.suffix else picture.with_suffix(".png")
     inspection.draw(figures, picture)
     print(f"Picture: {picture}")
 

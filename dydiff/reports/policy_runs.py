@@ -199,7 +199,7 @@ def find_policy_runs(root: Path, dataset: Dataset) -> list[PolicyRun]:
             continue
         settings, log = read_settings(folder), read_log(folder)
         lines = [line for line in log if "evaluation/return" in line]
-        if settings is None or not lines:
+        if not settings or not lines:
             continue
         constants = from_mapping(Constants, settings["constants"], f"{folder / 'settings.yaml'}: constants")
         updates = constants.rl_trainer_params.num_train_steps_per_train_call or UPDATES_PER_EPOCH[settings["stage"]]

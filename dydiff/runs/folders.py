@@ -50,17 +50,20 @@ def _is_held(folder: Path) -> bool:
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
-    """The records of a run's log.jsonl; a last line that a kill cut short is left out."""
+    """The records of a run's log.jsonl, up to the first line that is none: a kill may have cut the last one short."""
     try:
         lines = (Path(folder) / LOG).read_text().splitlines()
-    except OSError:
+    except (OSError, ValueError):
         return []
     records = []
     for line in lines:
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             break
+        if not isinstance(record, dict) or "epoch" not in record:
+            break
+        records.append(record)
     return records
 
 
@@ -73,7 +76,7 @@ def list_runs(root: Path) -> list[tuple[Path, dict[str, Any]]]:
 def list_settings(root: Path) -> list[tuple[Path, dict[str, Any]]]:
     """The run folders under `root` and the settings that each was started with, newest first."""
     stored = ((folder, read_settings(folder)) for folder, _ in reversed(list_runs(root)))
-    return [(folder, settings) for folder, settings in stored if isinstance(settings, dict)]
+    return [(folder, settings) for folder, settings in stored if settings]
 
 
 def find_run_of(
@@ -118,9 +121,10 @@ def find_unfinished(
 def read_settings(folder: Path) -> dict[str, Any] | None:
     """The settings.yaml of a run folder, or None where there is none that can be read."""
     try:
-        return yaml.safe_load((Path(folder) / "settings.yaml").read_text())
-    except (OSError, yaml.YAMLError):
+        settings = yaml.safe_load((Path(folder) / "settings.yaml").read_text())
+    except (OSError, ValueError, yaml.YAMLError):
         return None
+    return settings if isinstance(settings, dict) else None
 
 
 @contextlib.contextmanager
