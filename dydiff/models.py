@@ -153,9 +153,14 @@ def in_raw_space(policy: Callable[[Tensor], Tensor], spaces: Spaces) -> Callable
 
     @torch.no_grad()
     def act(observation: np.ndarray) -> np.ndarray:
-        raw = torch.as_tensor(observation, dtype=torch.float32).to(spaces.device)
-        raw = as_rows("observation", raw, None, spaces.observation_dim, raw.device, "It holds one observation a row.")
-        rows = spaces.observation_raw_to_policy(raw)
+        try:
+            raw, given = torch.as_tensor(observation, dtype=torch.float32), None
+        except (TypeError, ValueError, RuntimeError):
+            given = describe(observation)
+        if given or raw.ndim != 2 or raw.shape[1] != spaces.observation_dim:
+            wanted = f"an array of numbers [n, {spaces.observation_dim}], one observation a row"
+            raise DydiffError(f"observation must be {wanted}, not {given or f'one {list(raw.shape)}'}.")
+        rows = spaces.observation_raw_to_policy(raw.to(spaces.device))
         action = as_rows("What the policy returns", policy(rows), len(rows), spaces.action_dim, rows.device, one_each)
         return spaces.action_policy_to_raw(action).cpu().numpy()
 

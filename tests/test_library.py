@@ -287,7 +287,8 @@ def test_a_loaded_policy_acts_without_a_generator(name, tmp_path):
 def test_observations_of_another_width_are_not_broadcast(tmp_path):
     policy, raw = save_policy(tmp_path, "td3_bc"), starts().numpy()
     for wrong, given in ((raw[:, :1], "[5, 1]"), (raw[0], "[3]")):
-        assert f"observation must be a torch tensor [B, 3] on cpu, not one {given}" in refusal(policy, wrong)
+        assert f"observation must be an array of numbers [n, 3], one observation a row, not one {given}" in refusal(policy, wrong)
+    assert "one observation a row, not None" in refusal(policy, None)
     assert "generator must be a torch.Generator, or None for the policy's own, not 3" in refusal(policy, raw, 3)
     policy.agent.act_for_evaluation = lambda observation, generator: observation[:, :1]
     with pytest.raises(DydiffError, match=r"What the policy returns must be a torch tensor \[5, 2\]"):
