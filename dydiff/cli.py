@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import io
 import os
 import select
 import shlex
@@ -159,7 +160,7 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The `dydiff` command; returns the exit status."""
-    with quiet_without_readers(), interrupted_by_signals():
+    with ready_for_terminals():
         return run_command(arguments)
 
 
@@ -181,10 +182,19 @@ def main_of(command: str, prog: str, arguments: Sequence[str] | None = None) -> 
     add_options, run = COMMANDS[command]
     parser = make_parser(prog=prog, description=run.__doc__)
     add_options(parser)
-    with quiet_without_readers(), interrupted_by_signals():
+    with ready_for_terminals():
         options = parser.parse_args(arguments)
         options.typed = ["python", sys.argv[0], *(sys.argv[1:] if arguments is None else arguments)]
         return guarded(run, options)
+
+
+@contextlib.contextmanager
+def ready_for_terminals() -> Iterator[None]:
+    """Let nothing that is done to a command from outside, or that a terminal cannot show, end it with a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: not every locale has a plus-minus
+    with quiet_without_readers(), interrupted_by_signals():
+        yield
 
 
 @contextlib.contextmanager

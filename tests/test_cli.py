@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import re
@@ -22,7 +23,7 @@ import torch
 from conftest import DATASET, check_refusal, check_usage
 
 import dydiff
-from dydiff.cli import quiet_without_readers
+from dydiff.cli import main, quiet_without_readers
 from dydiff.config import RANGES
 from dydiff.diffusion.training import DiffusionTrainer
 from dydiff.options import MAX_SEED
@@ -133,6 +134,12 @@ def test_output_that_nobody_reads_ends_quietly(arguments, tmp_path):
     told = process.stderr.read()
     assert process.wait() == 128 + signal.SIGPIPE
     assert told == "" or told.startswith("error: Dataset 'bad.npz' has ") and len(told.splitlines()) == 1
+
+
+def test_what_a_terminal_cannot_show_is_no_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "\xfc"))
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    assert main(["data", "list"]) == 0 and sys.stdout.buffer.getvalue().splitlines()[0].endswith(b"/\\xfc")
 
 
 def test_other_broken_pipes_are_not_hidden():
