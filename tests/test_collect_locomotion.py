@@ -169,6 +169,16 @@ def collecting(tmp_path):
     process.communicate()
 
 
+def test_an_interrupt_ends_all_processes_at_once(collecting, tmp_path):
+    """A process that is stopped itself would never end what it works at, as a second interrupt once made the pool wait for."""
+    children = children_of(collecting)
+    os.kill(children[0], signal.SIGSTOP)
+    os.kill(collecting.pid, signal.SIGTERM)
+    _, errors = collecting.communicate(timeout=60)
+    assert collecting.returncode == 130 and errors.endswith("error: interrupted; what is not saved yet is lost.\n"), errors
+    assert not list(tmp_path.iterdir()) and not any(Path(f"/proc/{child}").exists() for child in children)
+
+
 def test_a_lost_process_is_told(collecting, tmp_path):
     os.kill(children_of(collecting)[0], signal.SIGKILL)
     _, errors = collecting.communicate(timeout=60)

@@ -164,7 +164,7 @@ def _workers(processes: int) -> Iterator[Executor]:
         return
     # A process that is forked from one with threads may hang, and torch has threads.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, context, initializer=_end_with_parent)
+    pool, others = ProcessPoolExecutor(processes, context, initializer=_end_with_parent), multiprocessing.active_children()
     try:
         yield pool
     except BrokenProcessPool as error:
@@ -172,6 +172,10 @@ def _workers(processes: int) -> Iterator[Executor]:
             "A process that was collecting ended before its work was done, most often because memory ran out: collect with "
             f"fewer processes than {processes} (--processes 1 does all in one)."
         ) from error
+    except BaseException:  # the pool would wait for what is under way, and for ever where that is interrupted once more
+        for worker in {*multiprocessing.active_children()}.difference(others):
+            worker.kill()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
