@@ -181,6 +181,7 @@ YAML = [
     ("no dataset", "constants: {td3_bc_params: {}}", "constants.dataset_name is missing"),
     ("variables that vary nothing", HEAD + "variables: {seed: []}", "variable 'seed' must be a non-empty list"),
     ("a variable that is no list", HEAD + "variables: {seed: 3}", "variable 'seed' must be a non-empty list of values, not 3"),
+    ("a variable that names a value twice", HEAD + "variables: {seed: [0, 1, 0]}", "variable 'seed' names 0 more than once"),
     ("a variable that does not exist", HEAD + "variables: {sed: [1]}", "constants.sed': did you mean 'seed'?"),
     ("10^6 variants", HEAD + f"variables: {{{OPERATIONS}}}", "expands to 1,000,000 variants; the limit is 10,000"),
     ("20,000 seeds", CONSTANTS.format(f"seeds: {list(range(20_000))}"), "expands to 20,000 variants; the limit is 10,000"),

@@ -133,6 +133,10 @@ def _expand(constants: dict, variables: dict[str, Any], fixed: list[tuple[str, A
     count = math.prod(len(values) for values in variables.values())
     if count > MAX_VARIANTS:
         raise _too_many(count, path)
+    for key, values in variables.items():
+        for index, value in enumerate(values):
+            if value in values[:index]:  # two runs that could not be told apart
+                raise DydiffError(f"{path.name}: variable '{key}' names {show(value)} more than once. Remove the repetition.")
     if "seeds" in variables:
         raise DydiffError(
             f"{path.name}: 'seeds' belongs under 'constants' and names seeds that train together. As a variable, take 'seed'."
