@@ -70,7 +70,7 @@ def check_network(parser: argparse.ArgumentParser, options: argparse.Namespace) 
             with torch.device("meta"):
                 UNet(1, horizon, *network_size(options))
         except DydiffError as error:
-            parser.error(str(error).replace("--max_length_of_trajectory", "--horizon"))  # train.py's name of the option
+            parser.error(str(error))
 
 
 def one_of(names: Iterable[str]) -> Callable[[str], str]:

@@ -30,12 +30,13 @@ from torch import Tensor
 from dydiff.agents import AGENTS
 from dydiff.agents.td3_bc import TD3BC, TD3BCNoise
 from dydiff.checkpoint import write_atomically
-from dydiff.config import Constants, from_mapping
+from dydiff.config import Constants
 from dydiff.data import Transitions
 from dydiff.environments.simulate import roll_out_simulator, state_from_observation
 from dydiff.errors import DydiffError
 from dydiff.experiments.experiment import Variant, override
 from dydiff.experiments.policy_stage import build_policies, find_models
+from dydiff.experiments.settings import from_mapping
 from dydiff.models import in_raw_space
 from dydiff.options import seed as parse_seed
 from dydiff.problem import Problem, load_problem

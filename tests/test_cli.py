@@ -255,7 +255,7 @@ def test_gpu_of_the_file_on_a_machine_without_one(run_stage, dataset, monkeypatc
 
 def test_networks_that_cannot_be_built(train, dataset):
     check_refusal(train(dataset, "--rl_model_type=UNet"), "--rl_model_type 'UNet'", "UNet_RL")
-    check_refusal(train(dataset, "--rl_model_type=UNet_RL", "--max_length_of_trajectory=10"), "divisible by 4", "=8")
+    check_refusal(train(dataset, "--rl_model_type=UNet_RL", "--max_length_of_trajectory=10"), "divisible by 4; 10 is not, 8 is")
     check_refusal(train(dataset, "--rl_model_type=UNet_RL", "--dim=12"), "divisible by 8")
     check_refusal(train(dataset, "--rl_model_type=Transformer_RL", "--dim=7"), "dim", "7")
     check_refusal(train(dataset, "--include_action=False"), "--cond_on_action=True needs --include_action=True")

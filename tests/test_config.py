@@ -16,8 +16,9 @@ from conftest import refusal
 
 from dydiff import config
 from dydiff.agents import AGENTS
-from dydiff.config import Constants, DiffQLParams, EnvSpecs, KeepCondition, MetaData, RLTrainerParams, from_mapping
+from dydiff.config import Constants, DiffQLParams, EnvSpecs, KeepCondition, MetaData, RLTrainerParams
 from dydiff.experiments.experiment import ALGORITHMS
+from dydiff.experiments.settings import from_mapping
 from dydiff.filters import keep_mask
 from dydiff.updates import MODES, PRECISIONS
 

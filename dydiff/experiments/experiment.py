@@ -11,19 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dydiff.config import (
-    Constants,
-    CQLParams,
-    DiffQLParams,
-    DynModelParams,
-    MetaData,
-    ModelParams,
-    TD3BCParams,
-    from_mapping,
-    show,
-    unknown_key,
-)
+from dydiff.config import Constants, CQLParams, DiffQLParams, DynModelParams, MetaData, ModelParams, TD3BCParams
 from dydiff.errors import DydiffError
+from dydiff.experiments.settings import from_mapping, show, unknown_key
 from dydiff.experiments.yaml_files import parse_yaml, read_yaml
 from dydiff.progress import say
 

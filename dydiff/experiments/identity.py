@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dydiff.config import Constants, from_mapping, show
+from dydiff.config import Constants
 from dydiff.errors import DydiffError
 from dydiff.experiments.experiment import Variant, flatten
+from dydiff.experiments.settings import from_mapping, show
 from dydiff.runs import find_run_of
 
 FEW = 4  # settings in which a run differs that was perhaps to be continued

@@ -68,7 +68,7 @@ class UNet(nn.Module):
         if horizon % stride:
             raise DydiffError(
                 f"UNet_RL halves the horizon at each of its {len(dim_mults)} levels but the last, so the horizon must be "
-                f"divisible by {stride}; {horizon} is not. Use --max_length_of_trajectory={max(horizon // stride, 1) * stride}."
+                f"divisible by {stride}; {horizon} is not, {max(horizon // stride, 1) * stride} is."
             )
         if dim % GROUPS:
             raise DydiffError(f"UNet_RL's dim must be divisible by {GROUPS} (the GroupNorm groups); {dim} is not.")

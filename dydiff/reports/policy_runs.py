@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import yaml
 
-from dydiff.config import Constants, from_mapping
+from dydiff.config import Constants
 from dydiff.data import Dataset, d4rl, load_dataset
 from dydiff.data.windows import find_episodes
 from dydiff.dynamics import DynamicsEnsemble
@@ -20,6 +20,7 @@ from dydiff.environments import environment_name, environment_spec
 from dydiff.errors import DydiffError
 from dydiff.experiments.experiment import flatten
 from dydiff.experiments.policy_stage import UPDATES_PER_EPOCH, build_rollouts, find_models
+from dydiff.experiments.settings import from_mapping
 from dydiff.models import DIFFUSION, DYNAMICS, POLICY, Policy, load_diffusion_model, load_policy
 from dydiff.problem import Problem, load_problem
 from dydiff.reports.uncertainty import bootstrap_interval, standard_error
