@@ -89,9 +89,9 @@ def test_published_size_of_the_unet():
     assert round(sum(parameter.numel() for parameter in network.parameters()) / 1e6, 2) == 58.75
 
 
-@pytest.mark.parametrize("horizon, dim_mults, advice", [(10, (1, 4, 8), "=8"), (3, (1, 4, 8), "=4"), (9, (1, 2), "=8")])
+@pytest.mark.parametrize("horizon, dim_mults, advice", [(10, (1, 4, 8), 8), (3, (1, 4, 8), 4), (9, (1, 2), 8)])
 def test_horizons_that_the_unet_cannot_halve(horizon, dim_mults, advice):
-    with pytest.raises(DydiffError, match=f"divisible by {2 ** (len(dim_mults) - 1)}; {horizon} is not.*{advice}"):
+    with pytest.raises(DydiffError, match=f"divisible by {2 ** (len(dim_mults) - 1)}; {horizon} is not, {advice} is."):
         UNet(5, horizon, dim=8, dim_mults=dim_mults)
 
 
