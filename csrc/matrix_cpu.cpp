@@ -9,21 +9,24 @@ namespace {
 using threads::parallel;
 
 constexpr int64_t CHUNK = 96;   // rows of x that share a reading of a matrix
-constexpr int64_t DEPTH = 128;  // terms of a sum at a time: a panel's 16 KB stay in the cache, and short sums lose fewer digits
-constexpr int64_t FEW = 6;      // groups of rows, up to which reading a matrix takes longer than multiplying it
+constexpr int64_t DEPTH = 128;  // terms of a sum at a time: its part of a panel stays in the cache, short sums lose fewer digits
+constexpr int64_t GROUP = 6;    // rows whose sums, of a panel's two registers each, are all held in registers: 12 of 16 or 32
+constexpr int64_t FEW = 4;      // groups of rows, up to which reading a matrix takes longer than multiplying it
 
+// WIDTH numbers are a register; a panel is two of them wide.
 template <int WIDTH>
 struct Vector {
     typedef float type __attribute__((vector_size(4 * WIDTH)));
     typedef float anywhere __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+    static constexpr int LANES = 2 * WIDTH;
 };
 
 // A part of x's rows, a chunk of one matrix's, laid out in groups of up to GROUP rows: [depth][rows of the group] each.
 struct Chunk {
     int64_t first, rows, groups;
 
-    Chunk(int64_t index, int64_t chunks, int64_t all_rows, int64_t group)
-        : first(all_rows * index / chunks), rows(all_rows * (index + 1) / chunks - first), groups((rows + group - 1) / group) {}
+    Chunk(int64_t index, int64_t chunks, int64_t all_rows)
+        : first(all_rows * index / chunks), rows(all_rows * (index + 1) / chunks - first), groups((rows + GROUP - 1) / GROUP) {}
 
     int64_t begin(int64_t group) const { return rows * group / groups; }
 
@@ -40,6 +43,7 @@ struct Chunk {
 };
 
 // Has memory send a row of a panel.
+template <int LANES>
 ALWAYS_INLINE void ask_for(const float* row) {
     for (int lane = 0; lane < LANES; lane += 16) __builtin_prefetch(row + lane, 0, 3);
 }
@@ -47,22 +51,19 @@ ALWAYS_INLINE void ask_for(const float* row) {
 // sums [ROWS, LANES] (+)= x [depth, ROWS]^T panel [depth, LANES].
 template <int WIDTH, int ROWS, bool ASK>
 ALWAYS_INLINE void multiply_group(const float* x, const float* panel, int64_t depth, float* sums, bool add) {
+    using Register = typename Vector<WIDTH>::type;
     using Anywhere = typename Vector<WIDTH>::anywhere;
-    constexpr int PARTS = LANES / WIDTH;
-    typename Vector<WIDTH>::type sum[ROWS][PARTS];
-#pragma GCC unroll 32
-    for (int i = 0; i < ROWS * PARTS; ++i) sum[i / PARTS][i % PARTS] = typename Vector<WIDTH>::type{};
+    constexpr int LANES = Vector<WIDTH>::LANES;
+    Register sum[2 * ROWS] = {};
     for (int64_t k = 0; k < depth; ++k, x += ROWS, panel += LANES) {
-        if (ASK) ask_for(panel + DEPTH * LANES);
-        typename Vector<WIDTH>::type part[PARTS];
-#pragma GCC unroll 4
-        for (int i = 0; i < PARTS; ++i) part[i] = *reinterpret_cast<const Anywhere*>(panel + i * WIDTH);
+        if (ASK) ask_for<LANES>(panel + DEPTH * LANES);
+        const Register part[2] = {*reinterpret_cast<const Anywhere*>(panel), *reinterpret_cast<const Anywhere*>(panel + WIDTH)};
 #pragma GCC unroll 32
-        for (int i = 0; i < ROWS * PARTS; ++i) sum[i / PARTS][i % PARTS] += x[i / PARTS] * part[i % PARTS];
+        for (int i = 0; i < 2 * ROWS; ++i) sum[i] += x[i / 2] * part[i % 2];
     }
     Anywhere* to = reinterpret_cast<Anywhere*>(sums);
 #pragma GCC unroll 32
-    for (int i = 0; i < ROWS * PARTS; ++i) to[i] = add ? to[i] + sum[i / PARTS][i % PARTS] : sum[i / PARTS][i % PARTS];
+    for (int i = 0; i < 2 * ROWS; ++i) to[i] = add ? to[i] + sum[i] : sum[i];
 }
 
 template <int WIDTH, int ROWS, bool ASK>
@@ -73,9 +74,10 @@ ALWAYS_INLINE void multiply_up_to(int64_t rows, const float* x, const float* pan
     multiply_group<WIDTH, ROWS, ASK>(x, panel, depth, sums, add);
 }
 
-// One panel: x as a chunk lays it out -> sums [rows of the chunk, LANES]. GROUP x LANES sums are as many as the registers hold.
-template <int WIDTH, int GROUP>
+// One panel: x as a chunk lays it out -> sums [rows of the chunk, LANES].
+template <int WIDTH>
 ALWAYS_INLINE void multiply_panel(const float* x, const float* panel, int64_t depth, const Chunk& chunk, float* sums) {
+    constexpr int LANES = Vector<WIDTH>::LANES;
     const bool few = chunk.groups < FEW;
     for (int64_t k = 0; k < depth; k += DEPTH) {
         const int64_t terms = std::min(DEPTH, depth - k);
@@ -89,7 +91,7 @@ ALWAYS_INLINE void multiply_panel(const float* x, const float* panel, int64_t de
             }
             if (!few) {
                 const int64_t end = DEPTH + DEPTH * (group + 1) / chunk.groups;
-                for (int64_t row = DEPTH + DEPTH * group / chunk.groups; row < end; ++row) ask_for(part + row * LANES);
+                for (int64_t row = DEPTH + DEPTH * group / chunk.groups; row < end; ++row) ask_for<LANES>(part + row * LANES);
             }
             multiply_up_to<WIDTH, GROUP, false>(rows, own, part, terms, sums + from * LANES, k > 0);
         }
@@ -98,47 +100,50 @@ ALWAYS_INLINE void multiply_panel(const float* x, const float* panel, int64_t de
 
 using MultiplyPanel = void (*)(const float* x, const float* panel, int64_t depth, const Chunk& chunk, float* sums);
 
-// For 16 registers of 8 numbers.
-constexpr int64_t NARROW_GROUP = 3;
+constexpr int NARROW = 8;  // AVX2
 FOR_EACH_CPU void multiply_narrow(const float* x, const float* panel, int64_t depth, const Chunk& chunk, float* sums) {
-    multiply_panel<8, NARROW_GROUP>(x, panel, depth, chunk, sums);
+    multiply_panel<NARROW>(x, panel, depth, chunk, sums);
 }
 
+constexpr int WIDE = 16;  // AVX-512
 #if defined(__x86_64__) && defined(__GNUC__)
-// For 32 registers of 16 numbers.
-constexpr int64_t WIDE_GROUP = 6;
 __attribute__((target("avx512f"))) void multiply_wide(const float* x, const float* panel, int64_t depth, const Chunk& chunk,
                                                       float* sums) {
-    multiply_panel<16, WIDE_GROUP>(x, panel, depth, chunk, sums);
+    multiply_panel<WIDE>(x, panel, depth, chunk, sums);
 }
 
-bool is_wide() { return __builtin_cpu_supports("avx512f"); }
+bool find_wide() { return __builtin_cpu_supports("avx512f"); }
 #else
-constexpr int64_t WIDE_GROUP = NARROW_GROUP;
 constexpr MultiplyPanel multiply_wide = multiply_narrow;
-bool is_wide() { return false; }
+bool find_wide() { return false; }
 #endif
+
+bool is_wide() {
+    static const bool wide = find_wide();
+    return wide;
+}
 
 }  // namespace
 
+int lanes() { return is_wide() ? Vector<WIDE>::LANES : Vector<NARROW>::LANES; }
+
 void multiply(const float* x, const float* w, const float* bias, float* y, int64_t count, int64_t rows, int64_t depth,
               int64_t columns, int num_threads) {
-    static const bool wide = is_wide();
-    const MultiplyPanel compute = wide ? multiply_wide : multiply_narrow;
-    const int64_t panels = (columns + LANES - 1) / LANES, chunks = (rows + CHUNK - 1) / CHUNK;
+    const MultiplyPanel compute = is_wide() ? multiply_wide : multiply_narrow;
+    const int64_t width = lanes(), panels = (columns + width - 1) / width, chunks = (rows + CHUNK - 1) / CHUNK;
     parallel(count * chunks * panels, num_threads, [=](int64_t begin, int64_t end) {
         // Kept from call to call: memory that is asked for anew comes as untouched pages.
-        static thread_local std::vector<float> laid_out, sums(CHUNK * LANES);
+        static thread_local std::vector<float> laid_out, sums(CHUNK * width);
         laid_out.resize(std::max<size_t>(laid_out.size(), CHUNK * depth));
         for (int64_t unit = begin; unit < end; ++unit) {
             const int64_t panel = unit % panels, part = unit / panels % chunks, matrix = unit / panels / chunks;
-            const Chunk chunk(part, chunks, rows, wide ? WIDE_GROUP : NARROW_GROUP);
+            const Chunk chunk(part, chunks, rows);
             if (unit == begin || panel == 0) chunk.lay_out(x + matrix * rows * depth, laid_out.data(), depth);
-            compute(laid_out.data(), w + (matrix * panels + panel) * depth * LANES, depth, chunk, sums.data());
-            const int64_t first = panel * LANES, lanes = std::min<int64_t>(LANES, columns - first);
+            compute(laid_out.data(), w + (matrix * panels + panel) * depth * width, depth, chunk, sums.data());
+            const int64_t first = panel * width, own = std::min(width, columns - first);
             for (int64_t row = 0; row < chunk.rows; ++row) {
                 float* const to = y + (matrix * rows + chunk.first + row) * columns + first;
-                for (int64_t i = 0; i < lanes; ++i) to[i] = sums[row * LANES + i] + (bias ? bias[first + i] : 0.0f);
+                for (int64_t i = 0; i < own; ++i) to[i] = sums[row * width + i] + (bias ? bias[first + i] : 0.0f);
             }
         }
     });

@@ -1,8 +1,8 @@
 """Products with constant matrices on the CPU, laid out once for the processor.
 
 In float32 they are csrc/matrix_cpu.cpp's. With few rows the time of a product is that of reading the matrix, and there oneDNN comes
-to half of what memory gives: 17 products of 8 rows with 1024 x 1024 matrices took 8.5 ms in it and 5.8 here, of 32 rows 15.1 and
-11.0, of 256 rows 66 and 63 (two threads of a Zen 3 EPYC).
+to half of what memory gives: 17 products of 8 rows with 1024 x 1024 matrices took 10.1 ms in it and 3.9 here, of 32 rows 14.2 and
+7.9, of 256 rows 82 and 71 (two threads of a Zen 3 EPYC).
 
 In bfloat16 they are oneDNN's, which multiplies blocks of a matrix that it first copies into the order in which its instructions
 read them. On two cores of an EPYC, six products of 208 rows with 1024 x 1024 matrices ran at 795 GFLOP/s with that copy and at 816
