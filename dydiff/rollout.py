@@ -29,7 +29,7 @@ from dydiff.ranges import named_range
 from dydiff.reward import RewardModel
 from dydiff.rollout_checks import TrainedModel, check_finite, check_policys_spaces, check_sampler, fitting_denoiser
 
-KEPT_GRAPHS = 64  # combinations of policy and settings whose CUDA graphs are kept, such as seeds that train together
+KEPT_GRAPHS = 64  # combinations of policy, settings and starts whose CUDA graphs are kept, such as seeds that train together
 Policy = Callable[[Tensor], Tensor]  # observation [B, O] -> action [B, A], both in policy space
 
 
@@ -103,7 +103,7 @@ class RolloutEngine:
         self.fast = fast
         self.capture = capture
         self._fitting_policy: Policy | Actor | None = None  # the last one
-        self._captured: dict[tuple[object, ...], GraphedFunction] = {}  # by what the graphs belong to, oldest first
+        self._captured: dict[tuple[object, ...], GraphedFunction] = {}  # by what the graphs belong to
         self._pool: tuple[int, int] | None = None  # the graphs' memory: one rollout runs at a time, and its result is copied
 
     @torch.no_grad()
@@ -141,7 +141,7 @@ class RolloutEngine:
         check_finite("start holds", start, "Take observations that are finite.")
 
         def roll_out_chunk(part: Tensor) -> tuple[Tensor, ...]:
-            return self._chunk_function(policy, generator, draw, iterations)(part)
+            return self._chunk_function(policy, generator, draw, iterations, len(part))(part)
 
         setting = "rl_trainer_params.each_rollout_size"
         try:
@@ -164,17 +164,17 @@ class RolloutEngine:
         self._captured, self._pool = {}, None
 
     def _chunk_function(
-        self, policy: Policy | Actor, generator: torch.Generator, draw: Draw | None, iterations: int
+        self, policy: Policy | Actor, generator: torch.Generator, draw: Draw | None, iterations: int, size: int
     ) -> Callable[[Tensor], tuple[Tensor, ...]]:
-        """`_roll_out_chunk` of start [B, O] alone; on a GPU as the CUDA graphs that belong to these arguments."""
+        """`_roll_out_chunk` of `size` starts [B, O] alone; on a GPU as the CUDA graph that belongs to these arguments."""
         act = partial(policy.act, generator=generator) if hasattr(policy, "act") else partial(_call_on_copy, policy)
         function = partial(self._roll_out_chunk, act, generator, draw, iterations)
         if not self.capture or draw is not None or not captures(generator.device):
             return function
-        owner = (policy, generator, iterations, self.fast, *self.sampler.items())
+        owner = (policy, generator, iterations, size, self.fast, *self.sampler.items())
         if owner not in self._captured:
             if len(self._captured) == KEPT_GRAPHS:  # each holds its outputs and its launches
-                del self._captured[next(iter(self._captured))]
+                self._drop_graphs()  # all of them: PyTorch takes no graph into a pool that has lost its last one
             self._pool = self._pool or make_pool()
             self._captured[owner] = GraphedFunction(function, generator.device, generator, pool=self._pool, remedy=POLICY_REMEDY)
         return self._captured[owner]

@@ -83,6 +83,7 @@ class PretendedGenerator(torch.Generator):
 lost_generators: set[int] = set()  # which a capture that failed has left as if it went on
 _pools = itertools.count(1)
 lost_pools: set[tuple[int, int]] = set()  # the same of memory
+_users: dict[tuple[int, int], weakref.WeakSet[CUDAGraph]] = {}  # the graphs of each pool
 generators: weakref.WeakValueDictionary[int, PretendedGenerator] = weakref.WeakValueDictionary()  # by what C++ hands over
 
 
@@ -221,6 +222,9 @@ def graph(captured: CUDAGraph, pool: Any = None, stream: Stream | None = None) -
     _state.capture_stream = _state.capture_stream or Stream()  # once for all, as PyTorch does
     if pool in lost_pools:
         raise RuntimeError(f"beginAllocateToPool: already recording to mempool_id {pool}")
+    if pool in _users and not _users[pool]:
+        raise RuntimeError('it->second->use_count > 0 INTERNAL ASSERT FAILED at "CUDACachingAllocator.cpp"')
+    _users.setdefault(pool or (0, next(_pools)), weakref.WeakSet()).add(captured)
     try:
         with device((stream or _state.capture_stream).device), captured.capture():
             yield

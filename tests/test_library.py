@@ -239,7 +239,7 @@ def test_agents_and_loaded_policies_are_rolled_out_as_they_are(name, tmp_path):
     for given in (policy, policy.agent):
         trajectory = engine.roll_out(given, starts(), generator())
         with NoHostReads():  # what is captured on a GPU
-            engine._chunk_function(given, generator(), None, engine.iterations)(starts())
+            engine._chunk_function(given, generator(), None, engine.iterations, len(starts()))(starts())
         assert torch.equal(trajectory.action, expected.action) and torch.equal(trajectory.observation, expected.observation)
 
 
@@ -253,7 +253,7 @@ def test_graphs_belong_to_the_agent_or_policy_that_is_given(tmp_path):
     engine, policy = make_engine(), save_policy(tmp_path, "diffusion_ql")
     on_gpu = type("OnGpu", (), {"device": torch.device("cuda")})()
     for given, other in ((policy, save_policy(tmp_path, "diffusion_ql")), (policy.agent, make_agent("diffusion_ql"))):
-        first, again, others = (engine._chunk_function(each, on_gpu, None, 1) for each in (given, given, other))
+        first, again, others = (engine._chunk_function(each, on_gpu, None, 1, 8) for each in (given, given, other))
         assert isinstance(first, GraphedFunction) and again is first and others is not first
 
 

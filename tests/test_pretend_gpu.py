@@ -21,7 +21,7 @@ from test_training_precision import make_trainer, windows  # noqa: F401
 from torch import Tensor
 
 import dydiff.updates
-from dydiff import capture
+from dydiff import capture, rollout
 from dydiff.agents import AGENTS
 from dydiff.backends.choice import choose_backend
 from dydiff.capture import CapturedGraph, capture_if_gpu, warm_up
@@ -171,6 +171,15 @@ def test_captured_rollouts_are_the_plain_ones(cards, name, settings):
     for plain, captured in zip(results[:4], results[4:], strict=True):
         for one, other in zip(plain, captured, strict=True):
             torch.testing.assert_close(other.cpu(), one.cpu(), rtol=1e-4, atol=1e-4)
+
+
+def test_graphs_of_many_sizes_are_not_all_kept(cards, monkeypatch):
+    monkeypatch.setattr(rollout, "KEPT_GRAPHS", 2)
+    engine, agent = prepare(SECOND), make_agent("td3_bc", 0, SECOND)
+    source = torch.Generator(SECOND).manual_seed(3)
+    for size in (3, 3, 4, 5, 5, 4, 3, 3):  # the third size comes when one graph has been captured
+        assert engine.roll_out(agent, starts(size).to(SECOND), source).action.isfinite().all()
+        assert len(engine._captured) <= 2
 
 
 def test_auto_times_float32_as_a_graph_and_takes_it_where_no_kernel_runs(cards, capfd):
