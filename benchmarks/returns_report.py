@@ -11,7 +11,7 @@ from machine import describe_machine
 
 from dydiff.checkpoint import write_atomically
 from dydiff.data import d4rl, load_dataset
-from dydiff.environments import environment_name, environment_spec
+from dydiff.environments import choose_environment, environment_spec
 from dydiff.errors import DydiffError
 from dydiff.models import DIFFUSION, DYNAMICS, POLICY, load_dynamics
 from dydiff.reports import plots
@@ -69,7 +69,7 @@ def describe_task(root: Path, dataset_name: str) -> dict[str, Any]:
     for score in scores:
         score["folders"] = [Path(run).name for run in score["folders"]]
     models = next((recorded_models(v.first.folder, root)[0] for v in reversed(variants) if v.first.uses_dydiff), None)
-    environment = environment_name(variants[0].first.constants.env_specs.env_name or dataset.environment)
+    environment = choose_environment(variants[0].first.constants.env_specs.env_name or dataset.environment)
     unfinished = [run.name for run, record in list_runs(root) if record["kind"] == POLICY and record["status"] != "finished"]
     records = [read_run(run.folder) for variant in variants for run in variant.runs.values()]
     return {

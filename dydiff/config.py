@@ -161,8 +161,9 @@ class CQLParams:
 class EnvSpecs:
     """Where the policy is evaluated."""
 
-    env_name: str | None = None  # environment; None: the dataset's
+    env_name: str | None = None  # a known name, a gymnasium id (module:Name-v0 imports the module) or none; None: the dataset's
     backend: str | None = None  # simulator, see dydiff/environments/spec.py; None: the one that the dataset was made with
+    terminal_function: str | None = None  # of rollouts: module:function, or never; None: the environment's
     env_num: int | None = None  # environments stepped in lockstep; None: as many episodes as an evaluation needs
     eval_env_seed: int | None = None  # seed of the evaluation episodes; None: the run's seed
 

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from dydiff.data import Dataset, Spaces, Transitions, load_dataset, make_transitions
-from dydiff.environments import ENVIRONMENTS, WITHOUT_SIMULATOR, EnvironmentSpec, environment_name, environment_spec
+from dydiff.environments import (
+    ENVIRONMENTS,
+    NO_SIMULATOR,
+    WITHOUT_SIMULATOR,
+    EnvironmentSpec,
+    choose_environment,
+    environment_spec,
+)
 from dydiff.errors import DydiffError
 
 
@@ -40,16 +47,23 @@ def load_problem(dataset_name: str, env_name: str | None = None, backend: str | 
     dataset = load_dataset(dataset_name)
     if env_name is None and dataset.environment is None:
         raise DydiffError(
-            f"Dataset '{dataset.name}' does not say which environment it is from. Name it (for example hopper): "
-            "--environment of `dydiff import`, env_specs.env_name in an experiment file."
+            f"Dataset '{dataset.name}' does not say which environment it is from. Name it (for example hopper, or the id of your "
+            f"own in gymnasium; {NO_SIMULATOR!r} where there is no simulator): --environment of `dydiff import`, "
+            "env_specs.env_name in an experiment file."
+        )
+    if env_name is None and ":" in dataset.environment:
+        raise DydiffError(
+            f"Dataset '{dataset.name}' says that it is from {dataset.environment}, which would run code of that module. If you "
+            "trust it, name it yourself: env_specs.env_name in an experiment file."
         )
     try:
-        environment = environment_name(env_name or dataset.environment)
+        environment = choose_environment(env_name or dataset.environment)
     except DydiffError as error:
         if env_name:
             raise
         raise DydiffError(f"{error} That is what the metadata of dataset '{dataset.name}' say.") from error
-    if dataset.environment in {*ENVIRONMENTS, *WITHOUT_SIMULATOR} - {environment}:
+    known = {*ENVIRONMENTS, *WITHOUT_SIMULATOR}
+    if environment in known and dataset.environment in known - {environment}:
         raise DydiffError(
             f"Dataset '{dataset.name}' is from {dataset.environment}, but env_specs.env_name is {env_name}. Leave env_name out, or "
             "correct one of the two."
@@ -67,7 +81,7 @@ def fit_environment(dataset: Dataset, environment: str, backend: str | None = No
         DydiffError: no such environment or simulator of it, or the dataset does not fit it (dimensions, actions outside the box).
     """
     known = backend or (dataset.backend if environment == dataset.environment else None)
-    spec = None if environment in WITHOUT_SIMULATOR else environment_spec(environment, known)
+    spec = None if environment in (*WITHOUT_SIMULATOR, NO_SIMULATOR) else environment_spec(environment, known)
     if spec is not None:
         ours, theirs = (dataset.observation_dim, dataset.action_dim), (spec.observation_dim, spec.action_dim)
         if ours != theirs:

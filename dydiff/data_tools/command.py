@@ -141,9 +141,9 @@ def run_check_dynamics(options: argparse.Namespace) -> None:
 def _environment_of(raw, given: str | None) -> str | None:
     """The environment's name: as given, else from the metadata, else from the dataset's name."""
     from dydiff.data.dataset import environment_of_file
-    from dydiff.environments import environment_name
+    from dydiff.environments import choose_environment
 
-    return environment_of_file(raw.name, raw.metadata) if given is None else environment_name(given)
+    return environment_of_file(raw.name, raw.metadata) if given is None else choose_environment(given)
 
 
 ACTIONS = {

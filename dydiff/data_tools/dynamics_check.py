@@ -42,9 +42,10 @@ class Steps:
 def check_dynamics(raw: RawDataset, environment: str, rows: int, seed: int) -> tuple[Steps, list[StepErrors]]:
     """Take up to `rows` random steps of a dataset again on every simulator of its environment.
 
-    Raises DydiffError where the environment has no simulator or the arrays do not fit it.
+    Raises DydiffError where the environment has no simulator that can be put into a state, or the arrays do not fit it.
     """
     spec = environment_spec(environment)
+    spec.require_states()
     steps = choose_steps(raw, spec, rows, np.random.default_rng(seed))
     return steps, [_measure(spec.with_backend(backend), steps) for backend in spec.backends]
 

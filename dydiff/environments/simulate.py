@@ -134,8 +134,10 @@ def roll_out_simulator(
 
     qpos [B, nq], qvel [B, nv]: start states. act: the policy in raw space, called with `num_environments` rows at most.
     actions [B, horizon, A]: raw actions to replay instead. Exactly one of the two must be given.
-    Raises DydiffError for shapes that do not fit, for non-finite actions, and for what the simulator raises.
+    Raises DydiffError for a simulator without states, for shapes that do not fit, for non-finite actions, and for what the
+    simulator raises.
     """
+    spec.require_states()
     if (act is None) == (actions is None):
         raise DydiffError("roll_out_simulator needs either a policy (act) or actions to replay (actions), not both.")
     qpos, qvel = np.asarray(qpos, np.float64), np.asarray(qvel, np.float64)

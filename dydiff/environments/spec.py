@@ -7,6 +7,7 @@ Scores of different simulators do not compare, so each has a name, which is kept
 - `gymnasium-v5`: another reward (no healthy reward on the last step) and other models (walker2d's feet); Minari's simulator.
 - `d4rl`: the legacy package itself, where it imports.
 - `dydiff-maze2d`: D4RL's point maze (`dydiff.environments.maze`).
+- `gymnasium`: any other environment, as gymnasium makes it by its id (`dydiff.environments.own`).
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ MAZE_EPISODE_STEPS = {"umaze": 300, "medium": 600, "large": 800}
 WITHOUT_SIMULATOR = ("antmaze-umaze", "antmaze-medium", "antmaze-large")
 
 GYMNASIUM_V4, GYMNASIUM_V5, D4RL_COMPAT, D4RL = "gymnasium-v4", "gymnasium-v5", "d4rl-compat", "d4rl"
-MAZE2D = "dydiff-maze2d"
+MAZE2D, GYMNASIUM = "dydiff-maze2d", "gymnasium"
+NO_SIMULATOR = "none"  # in the place of an environment's name: data that no simulator belongs to
 D4RL_LOCOMOTION = ("hopper", "halfcheetah", "walker2d", "ant")  # of these, D4RL has data
 V5_OBSERVATION_DIMS = {"ant": 105, "humanoid": 348}  # where they differ from v4's
 TOTAL_MASSES = {"halfcheetah": 14.0}  # kg; models whose masses are scaled to a sum
@@ -49,7 +51,7 @@ class EnvironmentSpec:
     action_low: tuple[float, ...]  # [A]
     action_high: tuple[float, ...]  # [A]
     max_episode_steps: int
-    position_dim: int  # size of the simulator's qpos
+    position_dim: int  # size of the simulator's qpos; 0: it cannot be put into a state
     velocity_dim: int  # size of the simulator's qvel
     hidden_dim: int  # first entries of qpos that observations leave out: the root's place on the (endless) ground
     backend: str  # the simulator's name: see the module's docstring
@@ -65,6 +67,8 @@ class EnvironmentSpec:
         """The simulators that know this environment; `d4rl` among them whether it is installed or not."""
         if self.is_maze:
             return MAZE2D, D4RL
+        if self.backend == GYMNASIUM:
+            return (GYMNASIUM,)
         return (GYMNASIUM_V4, GYMNASIUM_V5, *((D4RL_COMPAT, D4RL) if self.name in D4RL_LOCOMOTION else ()))
 
     @property
@@ -75,6 +79,8 @@ class EnvironmentSpec:
     @property
     def simulator(self) -> str:
         """The simulator's name with its version, as it stands beside scores."""
+        if self.backend == GYMNASIUM:
+            return f"gymnasium {_version_of('gymnasium')}, MuJoCo {self.mujoco_version}"
         return f"{self.backend}, {'mujoco-py' if self.backend == D4RL else 'MuJoCo'} {self.mujoco_version}"
 
     def with_backend(self, backend: str) -> EnvironmentSpec:
@@ -86,6 +92,8 @@ class EnvironmentSpec:
             raise DydiffError(
                 f"No simulator {backend!r} of {self.name} exists: env_specs.backend can be {', '.join(self.backends)}."
             )
+        if backend == GYMNASIUM:
+            return self
         spec = ENVIRONMENTS[self.name]
         if backend == D4RL:
             name = f"{self.name}-v1" if self.is_maze else f"{self.name}-medium-v2"
@@ -97,10 +105,27 @@ class EnvironmentSpec:
             )
         return dataclasses.replace(spec, backend=backend)
 
+    @property
+    def has_states(self) -> bool:
+        """Whether the simulator can be put into a state of one's choice."""
+        return self.position_dim > 0
+
+    def require_states(self) -> None:
+        """Raise DydiffError where the simulator cannot be put into a state of one's choice."""
+        if not self.has_states:
+            raise DydiffError(
+                f"{self.name} cannot be put into recorded states, as dydiff's own simulators can: nothing is compared with it "
+                "step by step, only the returns of whole episodes."
+            )
+
     def make(self) -> gymnasium.Env:
         """Make the environment with its time limit; raises DydiffError where the simulator is not installed."""
         if self.backend == D4RL:
             return self._make_legacy()
+        if self.backend == GYMNASIUM:
+            from dydiff.environments.own import make_own
+
+            return make_own(self.gym_id)
         try:
             return self._make_maze() if self.backend == MAZE2D else self._make_gym()
         except ImportError as error:
@@ -221,19 +246,43 @@ def environment_name(name: str) -> str:
     raise DydiffError(f"The environment {name!r} is unknown: {hint}.")
 
 
-def environment_spec(name: str, backend: str | None = None) -> EnvironmentSpec:
-    """Return the spec of an environment by any name that `environment_name` accepts, on a simulator of one's choice.
+def choose_environment(name: str) -> str:
+    """Return `environment_name` of a name, or the name itself where it is an id of gymnasium's, or `NO_SIMULATOR`.
 
-    backend: one of the spec's `backends`; None: gymnasium-v4, or dydiff-maze2d for a maze. Raises DydiffError for an unknown
-    name, for one without a simulator, and for a backend that does not know it.
+    Raises DydiffError, which names the nearest known names, for anything else.
     """
-    plain = environment_name(name)
-    if plain in WITHOUT_SIMULATOR:
+    try:
+        return environment_name(name)
+    except DydiffError as error:
+        from dydiff.environments.own import is_gymnasium_id
+
+        if name == NO_SIMULATOR or is_gymnasium_id(name):
+            return name
         raise DydiffError(
-            f"No simulator of {plain} ships with dydiff: models and policies can be trained on its datasets, but "
+            f"{error} Other environments go by their gymnasium id (module:Name-v0 imports the module first); {NO_SIMULATOR!r} "
+            "stands for data without a simulator."
+        ) from error
+
+
+def environment_spec(name: str, backend: str | None = None) -> EnvironmentSpec:
+    """Return the spec of an environment by any name that `choose_environment` accepts, on a simulator of one's choice.
+
+    backend: one of the spec's `backends`; None: gymnasium-v4, dydiff-maze2d for a maze, gymnasium for what gymnasium makes.
+    Raises DydiffError for an unknown name, for one without a simulator, and for a backend that does not know it.
+    """
+    plain = choose_environment(name)
+    if plain in (*WITHOUT_SIMULATOR, NO_SIMULATOR):
+        whose = "" if plain == NO_SIMULATOR else f" of {plain} ships with dydiff"
+        raise DydiffError(
+            f"No simulator{whose}: models and policies can be trained on such datasets, but "
             f"episodes cannot be run. Environments with a simulator are {', '.join(ENVIRONMENTS)}."
         )
-    spec = ENVIRONMENTS[plain]
+    if plain in ENVIRONMENTS:
+        spec = ENVIRONMENTS[plain]
+    else:
+        from dydiff.environments.own import own_spec
+
+        spec = own_spec(plain)
     return spec if backend is None else spec.with_backend(backend)
 
 

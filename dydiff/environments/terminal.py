@@ -11,8 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dydiff.environments import environment_name
+from dydiff.environments import NO_SIMULATOR, choose_environment
+from dydiff.environments.own import import_function
+from dydiff.errors import DydiffError
 
+NEVER = "never"
+SETTING = "env_specs.terminal_function"
 TerminalFunction = Callable[[Tensor], Tensor]  # [..., O] -> [...] bool, true = done
 
 
@@ -56,11 +60,41 @@ _FUNCTIONS: dict[str, TerminalFunction] = {
 }
 
 
-def terminal_function(environment: str) -> TerminalFunction:
+def terminal_function(environment: str, chosen: str | None = None) -> TerminalFunction:
     """Return the function from raw next observations [..., O] to done flags [...] (bool, true = done).
 
-    Any name that `environment_name` accepts will do, and any maze; raises DydiffError for an unknown one.
+    `chosen` is "never", or names a function as "module:function"; None: the one of the environment, by any name that
+    `choose_environment` accepts. Raises DydiffError for an unknown name, for an environment whose function is not known, and
+    where the chosen one does not import.
     """
+    if chosen is not None:
+        return _never if chosen == NEVER else import_function(chosen, SETTING)
     if environment.lower().startswith(("maze2d", "antmaze")):
         return _never
-    return _FUNCTIONS[environment_name(environment)]
+    name = choose_environment(environment)
+    if name not in _FUNCTIONS:
+        whose = "data without a simulator" if name == NO_SIMULATOR else name
+        raise DydiffError(
+            f"When episodes of {whose} end is not known. Set {SETTING} to module:function, which is given raw next observations "
+            f"[..., O] and returns bool [...], true where the episode ends; or to {NEVER}."
+        )
+    return _FUNCTIONS[name]
+
+
+def apply_to_recorded(function: TerminalFunction, next_observation: Tensor) -> Tensor:
+    """What somebody's function says [N] of recorded next observations [N, O] on the CPU.
+
+    Raises DydiffError where it fails, or returns anything but bool of the shape without the last dimension.
+    """
+    rows = next_observation.clone()[None]
+    try:
+        done = function(rows)
+    except Exception as error:
+        raise DydiffError(f"The function of {SETTING} failed on the dataset: {type(error).__name__}: {error}") from error
+    if not isinstance(done, Tensor) or done.dtype != torch.bool or done.shape != rows.shape[:-1]:
+        given = f"{done.dtype} {list(done.shape)}" if isinstance(done, Tensor) else type(done).__name__
+        raise DydiffError(
+            f"The function of {SETTING} must return torch.bool {list(rows.shape[:-1])} for observations {list(rows.shape)}, not "
+            f"{given}. Columns are to be taken from the last dimension: observation[..., 0]."
+        )
+    return done[0]

@@ -11,9 +11,11 @@ import torch
 
 from dydiff.agents import AGENTS
 from dydiff.config import Constants
+from dydiff.data import make_transitions
 from dydiff.device import has_idle_core
 from dydiff.diffusion.fast_sampler import FastMode
-from dydiff.environments.terminal import terminal_function
+from dydiff.environments import GYMNASIUM, NO_SIMULATOR
+from dydiff.environments.terminal import NEVER, SETTING, TerminalFunction, apply_to_recorded, terminal_function
 from dydiff.errors import DydiffError
 from dydiff.evaluation_worker import EvaluationWorker, PolicyEvaluator, describe_evaluation
 from dydiff.experiments.experiment import ALGORITHMS, Variant
@@ -59,7 +61,8 @@ def build_policies(
             problem.spec.make().close()  # where that fails, it shall fail now, and not behind the first epoch
         evaluator = (EvaluationWorker if beside else PolicyEvaluator)(description)
     else:
-        say(f"No simulator of {problem.environment} ships with dydiff: this run trains without evaluation.")
+        whose = "" if problem.environment == NO_SIMULATOR else f" of {problem.environment} ships with dydiff"
+        say(f"No simulator{whose}: this run trains without evaluation.")
     real = ReplayBuffer.from_transitions(problem.policy_transitions(device), params.replay_buffer_size)
     rollouts = build_rollouts(constants, problem, device, models) if models else None
     saving = Saving(
@@ -168,7 +171,7 @@ def build_rollouts(constants: Constants, problem: Problem, device: str, files: d
     return Rollouts(
         engine,
         reward,
-        terminal_function(problem.environment),
+        _find_terminal_function(problem, constants.env_specs.terminal_function),
         params.rollout_batch_size,
         length,
         params.rollout_freq,
@@ -176,6 +179,26 @@ def build_rollouts(constants: Constants, problem: Problem, device: str, files: d
         keep.threshold,
         keep.softmax_temp,
     )
+
+
+def _find_terminal_function(problem: Problem, chosen: str | None) -> TerminalFunction:
+    """The function that ends rollouts: the chosen one, the environment's, or none where no recorded episode ends by itself."""
+    dataset = problem.dataset
+    own = problem.environment == NO_SIMULATOR or (problem.spec is not None and problem.spec.backend == GYMNASIUM)
+    if chosen is None and own and not dataset.terminals.any():
+        return terminal_function(problem.environment, NEVER)
+    function = terminal_function(problem.environment, chosen)
+    if chosen is not None:
+        stored = dataset.next_observations is not None
+        recorded = make_transitions(dataset, next_observation="stored") if stored else problem.transitions
+        terminal = torch.from_numpy(recorded.terminal != 0)
+        done = apply_to_recorded(function, torch.from_numpy(recorded.next_observation))
+        missed, invented = int((terminal & ~done).sum()), int((done & ~terminal).sum())
+        # Without next_observations the row behind a terminal is another episode's first.
+        misses = f", and misses {missed:,} of its {int(terminal.sum()):,} terminals" if stored else ""
+        others = int((~terminal).sum())
+        say(f"{SETTING}={chosen} ends {invented:,} of the dataset's {others:,} transitions that are no terminals{misses}.")
+    return function
 
 
 def make_importer(problem: Problem, horizon: int | None = None) -> Importer:

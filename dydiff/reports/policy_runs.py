@@ -16,7 +16,7 @@ from dydiff.config import Constants
 from dydiff.data import Dataset, d4rl, load_dataset
 from dydiff.data.windows import find_episodes
 from dydiff.dynamics import DynamicsEnsemble
-from dydiff.environments import environment_name, environment_spec
+from dydiff.environments import environment_spec
 from dydiff.errors import DydiffError
 from dydiff.experiments.experiment import flatten
 from dydiff.experiments.policy_stage import UPDATES_PER_EPOCH, build_rollouts, find_models
@@ -162,7 +162,8 @@ def load_subject(root: Path, dataset_name: str, device: str) -> Subject:
     """The newest finished run on a dataset under `root` that rolled out, else the newest one, with its models.
 
     Raises:
-        DydiffError: no finished policy run or no trained models on the dataset under `root`, or no simulator of its environment.
+        DydiffError: no finished policy run or no trained models on the dataset under `root`, or no simulator of its environment
+            that can be put into the dataset's states.
     """
     return load_models(root, device, *load_runs(root, dataset_name))
 
@@ -173,7 +174,7 @@ def load_runs(root: Path, dataset_name: str) -> tuple[list[PolicyRun], PolicyRun
     runs = find_policy_runs(root, dataset)
     run = next((run for run in reversed(runs) if run.uses_dydiff), runs[-1])
     env_name = run.constants.env_specs.env_name
-    environment_spec(environment_name(env_name or dataset.environment or ""))  # says so where there is no simulator
+    environment_spec(env_name or dataset.environment or "")  # says so where there is no simulator
     return runs, run, load_problem(dataset_name, env_name, run.constants.env_specs.backend)
 
 
@@ -181,8 +182,9 @@ def load_models(root: Path, device: str, runs: list[PolicyRun], run: PolicyRun, 
     """A `Subject` of what `load_runs` gives, with its models.
 
     Raises:
-        DydiffError: no trained models on the dataset under `root`.
+        DydiffError: no trained models on the dataset under `root`, or a simulator that cannot be put into its states.
     """
+    problem.spec.require_states()
     models = models_of(run, problem, root)
     rollouts = build_rollouts(run.constants, problem, device, models)
     return Subject(runs, run, problem, models, rollouts, load_policy(run.folder / "agent.safetensors", device))

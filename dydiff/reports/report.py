@@ -21,20 +21,22 @@ SHOWN = {"position": "position error (m)", "state": "state error (root mean squa
 def report(root: Path, dataset_name: str, starts: int, seed: int, device: str) -> None:
     """Print the tables and write report.json and the pictures into `root`/report.
 
-    Rollouts are left out, and the reason is told, where no policy was trained with them and there are no models to show.
+    Rollouts are left out, and the reason is told, where the simulator cannot be put into recorded states, and where no policy was
+    trained with them and there are no models to show.
 
     Raises:
         DydiffError: no finished policy run on the dataset under `root`, one with DyDiff whose models are missing, no simulator of
             its environment, or `root` cannot be written.
     """
     runs, run, problem = load_runs(root, dataset_name)
-    dataset, steps = problem.dataset, problem.spec.max_episode_steps
+    dataset, steps = problem.dataset, min(problem.spec.max_episode_steps, run.constants.rl_trainer_params.max_path_length)
     try:
         subject = load_models(root, device, runs, run, problem)
     except DydiffError as error:
-        if run.uses_dydiff:
+        if run.uses_dydiff and problem.spec.has_states:
             raise
-        say(f"No policy here was trained with DyDiff, and its rollouts cannot be shown: {error}")
+        whose = "No policy here was trained with DyDiff, and its rollouts" if problem.spec.has_states else "Rollouts"
+        say(f"{whose} cannot be shown: {error}")
         subject = None
     folder = make_folder(root / "report")
     scores = [variant.summary(dataset) for variant in group_runs(runs)]

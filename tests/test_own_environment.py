@@ -1,0 +1,198 @@
+"""Data of environments that are not dydiff's: made by gymnasium by their id, from anybody's module, or without any simulator."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import textwrap
+
+import gymnasium
+import numpy as np
+import pytest
+import tiny
+
+from dydiff.data import load_dataset
+from dydiff.environments import choose_environment, environment_spec
+from dydiff.environments.own import own_spec
+from dydiff.environments.simulate import SimulatorBatch, roll_out_simulator
+from dydiff.environments.terminal import terminal_function
+from dydiff.errors import DydiffError
+from dydiff.problem import load_problem
+
+MODULE = '''
+    import gymnasium
+    import numpy as np
+
+    class Point(gymnasium.Env):
+        """A point on a line that is pushed, and lost beyond 1."""
+
+        observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+        action_space = gymnasium.spaces.Box(-2.0, 2.0, (1,), np.float32)
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            self.state = self.np_random.normal(size=2) / 5
+            return self.state.copy(), {}
+
+        def step(self, action):
+            self.state = self.state + np.array([self.state[1], action[0]]) / 5
+            return self.state.copy(), 1.0 - abs(self.state[0]), bool(abs(self.state[0]) > 1), False, {}
+
+    class Picture(Point):
+        observation_space = gymnasium.spaces.Box(0, 1, (4, 4), np.float32)
+
+    class Endless(Point):
+        action_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+
+    gymnasium.register("Point-v0", Point, max_episode_steps=30)
+    gymnasium.register("Picture-v0", Picture)
+    gymnasium.register("Endless-v0", Endless)
+
+    def lost(observation):
+        return observation[..., 0].abs() > 1
+
+    def lost_in_rows(observation):
+        return observation[:, 0].abs() > 1
+
+    def fails(observation):
+        return observation[..., 7] > 1
+'''
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The working folder, with a module of one's own in it that nothing has imported."""
+    (tmp_path / "point_world.py").write_text(textwrap.dedent(MODULE))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
+    own_spec.cache_clear()
+    yield tmp_path
+    sys.modules.pop("point_world", None)
+    for name in ("Point-v0", "Picture-v0", "Endless-v0"):
+        gymnasium.registry.pop(name, None)
+    importlib.invalidate_caches()
+
+
+def write_data(path, rows=400, **more):
+    """Random behaviour in Point-v0; every row with its next observation."""
+    with SimulatorBatch(environment_spec("point_world:Point-v0"), 1) as simulator:
+        generator, kept, observation = np.random.default_rng(0), [], simulator.reset(0, 0)
+        while len(kept) < rows:
+            action = generator.uniform(-2, 2, 1).astype(np.float32)
+            following, reward, terminal, timeout = simulator.step(0, action)
+            kept.append((observation, action, reward, terminal, timeout, following))
+            observation = simulator.reset(0, len(kept)) if terminal or timeout else following
+    names = "observations", "actions", "rewards", "terminals", "timeouts", "next_observations"
+    columns = dict(zip(names, zip(*kept, strict=True), strict=True))
+    kinds = {"terminals": bool, "timeouts": bool}
+    np.savez(path, **{name: np.array(values, kinds.get(name, np.float32)) for name, values in columns.items()}, **more)
+    return path
+
+
+def test_a_module_of_ones_own_goes_through_every_stage(folder, command, run_stage):
+    data = write_data(folder / "point.npz")
+    own = ["--device=cpu", "--set=env_specs.env_name=point_world:Point-v0"]
+    assert command("train", "-m", data, "--rl_model_type=MLP_RL", *tiny.TRAIN, f"--outdir={folder / 'runs'}").status == 0
+    for stage in ("dynamics", "reward"):
+        assert run_stage(stage, data, *own).status == 0
+    unknown = run_stage("td3_bc", data, *own)
+    assert unknown.status != 0 and "When episodes of point_world:Point-v0 end is not known" in unknown.errors
+    done = run_stage(
+        "td3_bc",
+        data,
+        *own,
+        "--set=env_specs.terminal_function=point_world:lost",
+        "--set=rl_trainer_params.evaluation_worker=true",
+        "--set=rl_trainer_params.num_epochs=2",
+    )
+    assert done.status == 0, done.errors
+    terminals = load_dataset(str(data)).terminals[:-1].sum()
+    assert f"ends 0 of the dataset's {399 - terminals - load_dataset(str(data)).timeouts[:-1].sum():,} transitions" in done.errors
+    assert f"misses 0 of its {terminals:,} terminals" in done.errors and terminals > 5
+    (run,) = (folder / "runs").glob("*td3_bc*")
+    assert json.loads((run / "run.json").read_text())["simulator"].startswith("gymnasium ")
+    assert "evaluation/return" in (run / "log.jsonl").read_text()
+    report = command("report", f"--outdir={folder / 'runs'}", f"--dataset={data}", "--device=cpu")
+    assert report.status == 0, report.errors
+    assert "cannot be put into recorded states" in report.errors and "at most 5 steps" in report.output
+
+
+def test_a_function_of_ones_own_that_does_not_fit_is_refused_at_the_start(folder, command, run_stage):
+    data = write_data(folder / "point.npz", rows=200)
+    own = ["--device=cpu", "--set=env_specs.env_name=point_world:Point-v0"]
+    assert command("train", "-m", data, "--rl_model_type=MLP_RL", *tiny.TRAIN, f"--outdir={folder / 'runs'}").status == 0
+    for stage in ("dynamics", "reward"):
+        assert run_stage(stage, data, *own).status == 0
+    for chosen, told in (
+        ("point_world:lost_in_rows", "observation[..., 0]"),
+        ("point_world:fails", "failed on the dataset: IndexError"),
+        ("point_world:found", "cannot be imported: AttributeError"),
+        ("pointworld:lost", "cannot be imported: ModuleNotFoundError"),
+        ("lost", "as module:function, not 'lost'"),
+    ):
+        refused = run_stage("td3_bc", data, *own, f"--set=env_specs.terminal_function={chosen}")
+        assert refused.status != 0 and told in refused.errors, refused.errors
+
+
+def test_data_without_a_simulator_train_without_evaluation(folder, command, run_stage):
+    data = write_data(folder / "point.npz", rows=200)
+    with np.load(data) as file:
+        arrays = {**file, "terminals": np.zeros(200, bool), "actions": file["actions"] / 2}
+    np.savez(data, **arrays)
+    unnamed = run_stage("dynamics", data)
+    assert unnamed.status != 0 and "'none' where there is no simulator" in unnamed.errors
+    none = ["--device=cpu", "--set=env_specs.env_name=none"]
+    assert command("train", "-m", data, "--rl_model_type=MLP_RL", *tiny.TRAIN, f"--outdir={folder / 'runs'}").status == 0
+    for stage in ("dynamics", "reward", "td3_bc"):
+        done = run_stage(stage, data, *none)
+        assert done.status == 0, done.errors
+    assert "No simulator: this run trains without evaluation" in done.errors
+    report = command("report", f"--outdir={folder / 'runs'}", f"--dataset={data}", "--device=cpu")
+    assert report.status != 0 and "No finished and evaluated policy run" in report.errors
+
+
+def test_a_registered_id_may_stand_in_the_file_and_a_module_may_not(folder):
+    data = write_data(folder / "hopper-of-my-own.npz", rows=100)
+    problem = load_problem(str(data), "point_world:Point-v0")  # whatever the file's name says
+    assert problem.spec.observation_dim == 2 and problem.spec.max_episode_steps == 30
+    in_policy_space = problem.policy_transitions("cpu").action
+    np.testing.assert_allclose(in_policy_space, problem.transitions.action / 2, rtol=1e-6)
+    with np.load(data) as file:
+        arrays = dict(file)
+    np.savez(folder / "stated.npz", **arrays, **{"metadata/environment": "Point-v0"})
+    assert load_problem("stated.npz").spec.gym_id == "Point-v0"
+    sys.modules.pop("point_world")
+    np.savez(folder / "trap.npz", **arrays, **{"metadata/environment": "point_world:Point-v0"})
+    with pytest.raises(DydiffError, match="would run code of that module"):
+        load_problem("trap.npz")
+    assert "point_world" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("CartPole-v1", r"actions of CartPole-v1 must be vectors.*Discrete\(2\)"),
+        ("point_world:Picture-v0", "observations of point_world:Picture-v0 must be vectors.*FlattenObservation"),
+        ("point_world:Endless-v0", "finite bounds"),
+        ("point_world:Line-v0", "gymnasium cannot make .*NameNotFound"),
+        ("pointworld:Point-v0", "ModuleNotFoundError"),
+        ("Pont-v7", "is unknown.*gymnasium id.*'none' stands for data without a simulator"),
+        ("none", "No simulator: models and policies"),
+    ],
+)
+def test_an_environment_that_does_not_fit_is_refused(folder, name, told):
+    with pytest.raises(DydiffError, match=told):
+        environment_spec(name)
+
+
+def test_known_names_keep_their_meaning(folder):
+    assert choose_environment("Hopper-v4") == "hopper" and choose_environment("Pendulum-v1") == "Pendulum-v1"
+    spec = environment_spec("Pendulum-v1")
+    assert (spec.observation_dim, spec.action_high, spec.max_episode_steps) == (3, (2.0,), 200)
+    with pytest.raises(DydiffError, match="No simulator 'gymnasium-v4' of Pendulum-v1"):
+        environment_spec("Pendulum-v1", "gymnasium-v4")
+    with pytest.raises(DydiffError, match="When episodes of Pendulum-v1 end is not known"):
+        terminal_function("Pendulum-v1")
+    with pytest.raises(DydiffError, match="cannot be put into recorded states"):
+        roll_out_simulator(spec, np.zeros((1, 0)), np.zeros((1, 0)), 3, act=lambda observation: observation[:, :1])
