@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass
@@ -158,6 +158,14 @@ class CQLParams:
 
 
 @dataclass
+class AgentParams:
+    """An algorithm of your own (README, "Your own algorithm")."""
+
+    agent: str = ""  # its class, module:Class; the module may lie in the working folder
+    arguments: dict[str, Any] = field(default_factory=dict)  # what its constructor takes besides sizes, device and generator
+
+
+@dataclass
 class EnvSpecs:
     """Where the policy is evaluated."""
 
@@ -182,6 +190,7 @@ class Constants:
     td3_bc_params: TD3BCParams | None = None
     diffql_params: DiffQLParams | None = None
     cql_params: CQLParams | None = None
+    agent_params: AgentParams | None = None
     env_specs: EnvSpecs = field(default_factory=EnvSpecs)
     sampler_kwargs: SamplerKwargs = field(default_factory=SamplerKwargs)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dydiff.agents import AGENTS
+from dydiff.agents import find_agent
 from dydiff.child import Child, ChildEnded, connect_to_parent, decode, encode
 from dydiff.data import Spaces
 from dydiff.device import fast_float32
@@ -71,7 +71,7 @@ class PolicyEvaluator:
 
     def __init__(self, description: dict[str, Any]):
         agent = description["agent"]
-        build = AGENTS[agent["algorithm"]]
+        build = find_agent(agent["algorithm"])
         self.agent = build(**agent["model"], device=agent["device"], generator=torch.Generator())
         self.spaces = restore_spaces(description["spaces"]).to(self.agent.device)
         self.evaluator = Evaluator(EnvironmentSpec(**description["spec"]), **description["evaluator"])

@@ -108,11 +108,19 @@ class Policy:
         return self.agent.act(observation, generator)
 
 
-def load_policy(path: str | Path, device: str = "cpu") -> Policy:
-    """Load a policy checkpoint (`agent.safetensors`, `agent-best.safetensors`, ...); raises as `load_diffusion_model`."""
+def load_policy(path: str | Path, device: str = "cpu", agent: type[Agent] | None = None) -> Policy:
+    """Load a policy checkpoint (`agent.safetensors`, `agent-best.safetensors`, ...); raises as `load_diffusion_model`.
+
+    The class of an algorithm that is not dydiff's must be given as `agent`: a checkpoint imports nothing.
+    """
     tree, manifest = _load(path, POLICY, None, device)
+    own = ":" in str(manifest["algorithm"])
+    if own != (agent is not None):
+        takes = "must be given: load_policy(path, agent=...)" if own else "cannot be another: leave `agent` out"
+        raise DydiffError(f"Policy '{path}' was trained by {manifest['algorithm']}, whose class {takes}.")
     with _consistent(path):
-        agent = AGENTS[manifest["algorithm"]](**manifest["model"], device=device)
+        build = AGENTS[manifest["algorithm"]] if agent is None else agent
+        agent = build(**manifest["model"], device=device)
         agent.load_state_dict(tree["agent"])
         return Policy(agent, restore_spaces(tree["spaces"]).to(device), manifest)
 

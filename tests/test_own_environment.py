@@ -129,7 +129,7 @@ def test_a_function_of_ones_own_that_does_not_fit_is_refused_at_the_start(folder
         ("point_world:fails", "failed on the dataset: IndexError"),
         ("point_world:found", "cannot be imported: AttributeError"),
         ("pointworld:lost", "cannot be imported: ModuleNotFoundError"),
-        ("lost", "as module:function, not 'lost'"),
+        ("lost", "must have the form module:name, and is 'lost'"),
     ):
         refused = run_stage("td3_bc", data, *own, f"--set=env_specs.terminal_function={chosen}")
         assert refused.status != 0 and told in refused.errors, refused.errors

@@ -1,18 +1,16 @@
-"""Environments that are not dydiff's: whatever gymnasium makes by an id, and functions that say when its episodes end."""
+"""Environments that are not dydiff's: whatever gymnasium makes by an id."""
 
 from __future__ import annotations
 
-import importlib
-import os
 import sys
-from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dydiff.environments.spec import GYMNASIUM, EnvironmentSpec
 from dydiff.errors import DydiffError
+from dydiff.references import see_working_folder
 
 if TYPE_CHECKING:
     import gymnasium
@@ -31,7 +29,7 @@ def make_own(gym_id: str) -> gymnasium.Env:
     """Make an environment; its module may lie in the working folder. Raises DydiffError where gymnasium cannot."""
     import gymnasium
 
-    _see_working_folder()
+    see_working_folder()
     try:
         return gymnasium.make(gym_id, disable_env_checker=True)
     except Exception as error:  # gymnasium's own, and whatever somebody's constructor raises
@@ -74,27 +72,3 @@ def own_spec(gym_id: str) -> EnvironmentSpec:
         backend=GYMNASIUM,
         gym_id=gym_id,
     )
-
-
-def import_function(reference: str, setting: str) -> Callable[..., Any]:
-    """The function that "module:function" names; the module may lie in the working folder.
-
-    Raises:
-        DydiffError: it does not import, or has no such function; names `setting`, whose value it was.
-    """
-    module, _, name = reference.partition(":")
-    _see_working_folder()
-    try:
-        found = getattr(importlib.import_module(module), name) if module and name else None
-    except Exception as error:  # an import runs whatever the module does
-        raise DydiffError(f"{setting} is {reference!r}, which cannot be imported: {type(error).__name__}: {error}.") from error
-    if not callable(found):
-        raise DydiffError(f"{setting} must name a function as module:function, not {reference!r}.")
-    return found
-
-
-def _see_working_folder() -> None:
-    """Scripts see their own folder and not the one that they were started in; processes that they start inherit the path."""
-    folder = os.getcwd()
-    if folder not in sys.path and "" not in sys.path:
-        sys.path.append(folder)

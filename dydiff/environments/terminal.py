@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dydiff.environments import NO_SIMULATOR, choose_environment
-from dydiff.environments.own import import_function
 from dydiff.errors import DydiffError
+from dydiff.references import import_reference
 
 NEVER = "never"
 SETTING = "env_specs.terminal_function"
@@ -68,7 +68,7 @@ def terminal_function(environment: str, chosen: str | None = None) -> TerminalFu
     where the chosen one does not import.
     """
     if chosen is not None:
-        return _never if chosen == NEVER else import_function(chosen, SETTING)
+        return _never if chosen == NEVER else import_reference(chosen, SETTING)
     if environment.lower().startswith(("maze2d", "antmaze")):
         return _never
     name = choose_environment(environment)

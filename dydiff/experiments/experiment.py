@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dydiff.config import Constants, CQLParams, DiffQLParams, DynModelParams, MetaData, ModelParams, TD3BCParams
+from dydiff.config import AgentParams, Constants, CQLParams, DiffQLParams, DynModelParams, MetaData, ModelParams, TD3BCParams
 from dydiff.errors import DydiffError
 from dydiff.experiments.settings import from_mapping, show, unknown_key
 from dydiff.experiments.yaml_files import parse_yaml, read_yaml
@@ -19,15 +19,17 @@ from dydiff.progress import say
 
 MAX_VARIANTS = 10_000
 COMMON = ("dataset_name", "seed", "seeds", "env_specs")  # settings that every stage uses
+OWN = "own"  # the stage of an algorithm that agent_params names
 STAGE_SECTIONS = {"dyn_model_params": "dynamics", "model_params": "reward"}
 SCRIPT_WORDS = {"dyn": "dynamics", "rew": "reward", "td3": "td3_bc", "diffql": "diffusion_ql", "cql": "cql"}
-ALGORITHMS = {"td3_bc_params": "td3_bc", "diffql_params": "diffusion_ql", "cql_params": "cql"}
+ALGORITHMS = {"td3_bc_params": "td3_bc", "diffql_params": "diffusion_ql", "cql_params": "cql", "agent_params": OWN}
 SECTION_DEFAULTS = {
     "model_params": ModelParams,
     "dyn_model_params": DynModelParams,
     "td3_bc_params": TD3BCParams,
     "diffql_params": DiffQLParams,
     "cql_params": CQLParams,
+    "agent_params": AgentParams,
 }
 
 
@@ -35,7 +37,7 @@ SECTION_DEFAULTS = {
 class Variant:
     """One run of an experiment: what is trained, with which settings, and what sets it apart from its siblings."""
 
-    stage: str  # dynamics, reward, td3_bc, diffusion_ql or cql
+    stage: str  # dynamics, reward, td3_bc, diffusion_ql, cql or own
     constants: Constants
     choices: dict[str, Any]  # the `variables` of this run
     group: int  # equal for variants that are to train together: they differ in their seeds alone (`constants.seeds`)
@@ -183,8 +185,9 @@ def _find_stage(sections: set[str], script_path: str, path: Path) -> str:
     if len(stages) != 1:
         found = " and ".join(stages) or "none of them"
         raise DydiffError(
-            f"{path.name}: cannot tell what to train. 'constants' needs exactly one of td3_bc_params, diffql_params and "
-            f"cql_params (a policy), or else one of dyn_model_params (dynamics) and model_params (reward); it asks for {found}."
+            f"{path.name}: cannot tell what to train. 'constants' needs exactly one of td3_bc_params, diffql_params, "
+            "cql_params and agent_params (a policy), or else one of dyn_model_params (dynamics) and model_params (reward); it asks "
+            f"for {found}."
         )
     return stages[0]
 

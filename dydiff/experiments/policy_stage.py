@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dydiff.agents import AGENTS
+from dydiff.agents import check_agent_settings, find_agent
 from dydiff.config import Constants
 from dydiff.data import make_transitions
 from dydiff.device import has_idle_core
@@ -18,7 +18,7 @@ from dydiff.environments import GYMNASIUM, NO_SIMULATOR
 from dydiff.environments.terminal import NEVER, SETTING, TerminalFunction, apply_to_recorded, terminal_function
 from dydiff.errors import DydiffError
 from dydiff.evaluation_worker import EvaluationWorker, PolicyEvaluator, describe_evaluation
-from dydiff.experiments.experiment import ALGORITHMS, Variant
+from dydiff.experiments.experiment import ALGORITHMS, OWN, Variant
 from dydiff.importing import Importer, is_published
 from dydiff.models import DIFFUSION, DYNAMICS, REWARD, load_diffusion_model, load_dynamics, load_reward
 from dydiff.problem import Problem
@@ -28,7 +28,7 @@ from dydiff.rollout import RolloutEngine
 from dydiff.runs.model_files import find_model
 from dydiff.trainer import Evaluation, PolicyTrainer, Rollouts, Saving
 
-UPDATES_PER_EPOCH = {"td3_bc": 500, "cql": 500, "diffusion_ql": 250}
+UPDATES_PER_EPOCH = {"td3_bc": 500, "cql": 500, "diffusion_ql": 250, OWN: 500}
 
 
 def build_policies(
@@ -41,13 +41,16 @@ def build_policies(
     variant = variants[0]
     constants, dataset = variant.constants, problem.dataset
     params = constants.rl_trainer_params
-    describe = _agent_arguments(variant, problem)
+    algorithm, describe = algorithm_of(variant.stage, constants), _agent_arguments(variant, problem)
+    build_agent = find_agent(algorithm)
+    if variant.stage == OWN:
+        check_agent_settings(build_agent, constants.agent_params.arguments, "agent_params.arguments")
     spaces = problem.spaces.to(device)
     updates = params.num_train_steps_per_train_call or UPDATES_PER_EPOCH[variant.stage]
     evaluator = None
     if problem.spec is not None:
         description = describe_evaluation(
-            variant.stage,
+            algorithm,
             describe,
             spaces,
             problem.spec,
@@ -70,7 +73,7 @@ def build_policies(
         params.save_best,
         params.save_replay_buffer,
         params.save_model_replay_buffer,
-        {"algorithm": variant.stage, "model": describe, "environment": problem.environment, "simulator": problem.simulator},
+        {"algorithm": algorithm, "model": describe, "environment": problem.environment, "simulator": problem.simulator},
     )
 
     def build(seed: int) -> PolicyTrainer:
@@ -79,7 +82,7 @@ def build_policies(
             fixed = constants.env_specs.eval_env_seed
             evaluation = Evaluation(evaluator, dataset.name, seed if fixed is None else fixed, params.eval_freq)
         return PolicyTrainer(
-            AGENTS[variant.stage](**describe, device=device, generator=torch.Generator().manual_seed(seed)),
+            build_agent(**describe, device=device, generator=torch.Generator().manual_seed(seed)),
             spaces,
             real,
             ReplayBuffer(params.model_replay_buffer_size, dataset.observation_dim, dataset.action_dim, device),
@@ -100,14 +103,16 @@ def build_policies(
     return [build(each.constants.seed) for each in variants]
 
 
+def algorithm_of(stage: str, constants: Constants) -> str:
+    """The algorithm of a policy's run, as `find_agent` takes it."""
+    return constants.agent_params.agent if stage == OWN else stage
+
+
 def _agent_arguments(variant: Variant, problem: Problem) -> dict[str, Any]:
     constants = variant.constants
     (section,) = (section for section, name in ALGORITHMS.items() if name == variant.stage)
-    arguments = {
-        "observation_dim": problem.dataset.observation_dim,
-        "action_dim": problem.dataset.action_dim,
-        **dataclasses.asdict(getattr(constants, section)),
-    }
+    own = constants.agent_params.arguments if variant.stage == OWN else dataclasses.asdict(getattr(constants, section))
+    arguments = {"observation_dim": problem.dataset.observation_dim, "action_dim": problem.dataset.action_dim, **own}
     if variant.stage == "diffusion_ql":
         arguments["num_epochs"] = constants.rl_trainer_params.num_epochs  # the span of its learning-rate decay
     return arguments

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import os
+import re
 import reprlib
 import types
 import typing
@@ -99,6 +100,10 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, list):
             raise DydiffError(f"Setting '{where}' must be a list, not {show(value)}.")
         return [_convert(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if origin is dict:  # of somebody's own: names and kinds are not known here
+        if not isinstance(value, dict):
+            raise DydiffError(f"Setting '{where}' must be a mapping, not {show(value)}.")
+        return {str(key): _to_number(item) for key, item in value.items()}
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             return _check_range(float(value), where)  # YAML reads 3e-4 as text
@@ -111,6 +116,11 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if isinstance(value, kind) and kind is not int:
         return _expand_home(value) if name in PATHS else value
     raise DydiffError(f"Setting '{where}' must be of type {kind.__name__}, not {show(value)}.")
+
+
+def _to_number(value: Any) -> Any:
+    """A number that is written as 3e-4, which is text to YAML; anything else as it is."""
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?e[+-]?\d+", value, re.IGNORECASE) else value
 
 
 def _to_whole(value: Any) -> Any:

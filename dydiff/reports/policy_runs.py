@@ -12,14 +12,15 @@ import numpy as np
 import torch
 import yaml
 
+from dydiff.agents import find_agent
 from dydiff.config import Constants
 from dydiff.data import Dataset, d4rl, load_dataset
 from dydiff.data.windows import find_episodes
 from dydiff.dynamics import DynamicsEnsemble
 from dydiff.environments import environment_spec
 from dydiff.errors import DydiffError
-from dydiff.experiments.experiment import flatten
-from dydiff.experiments.policy_stage import UPDATES_PER_EPOCH, build_rollouts, find_models
+from dydiff.experiments.experiment import OWN, flatten
+from dydiff.experiments.policy_stage import UPDATES_PER_EPOCH, algorithm_of, build_rollouts, find_models
 from dydiff.experiments.settings import from_mapping
 from dydiff.models import DIFFUSION, DYNAMICS, POLICY, Policy, load_diffusion_model, load_policy
 from dydiff.problem import Problem, load_problem
@@ -51,10 +52,16 @@ class PolicyRun:
         return self.constants.rl_trainer_params.real_ratio < 1
 
     @property
+    def algorithm(self) -> str:
+        """Its name in tables: one's own class by its own."""
+        known = ALGORITHM_NAMES.get(self.settings["stage"])
+        return known or algorithm_of(self.settings["stage"], self.constants).rpartition(":")[2]
+
+    @property
     def short_name(self) -> str:
         """The algorithm, and whether DyDiff, or DyDiff in fast mode, is with it."""
         with_it = "fast DyDiff + " if self.constants.sampler_kwargs.fast else "DyDiff + "
-        return (with_it if self.uses_dydiff else "") + ALGORITHM_NAMES[self.settings["stage"]]
+        return (with_it if self.uses_dydiff else "") + self.algorithm
 
     @property
     def changed_settings(self) -> dict[str, Any]:
@@ -187,7 +194,8 @@ def load_models(root: Path, device: str, runs: list[PolicyRun], run: PolicyRun, 
     problem.spec.require_states()
     models = models_of(run, problem, root)
     rollouts = build_rollouts(run.constants, problem, device, models)
-    return Subject(runs, run, problem, models, rollouts, load_policy(run.folder / "agent.safetensors", device))
+    own = find_agent(algorithm_of(OWN, run.constants)) if run.settings["stage"] == OWN else None
+    return Subject(runs, run, problem, models, rollouts, load_policy(run.folder / "agent.safetensors", device, own))
 
 
 def find_policy_runs(root: Path, dataset: Dataset) -> list[PolicyRun]:
