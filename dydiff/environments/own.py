@@ -41,7 +41,7 @@ def make_own(gym_id: str) -> gymnasium.Env:
 
 @lru_cache
 def own_spec(gym_id: str) -> EnvironmentSpec:
-    """The spec of an environment of gymnasium's, read off it once.
+    """The spec of an environment of gymnasium's, read off it once; its states are its observations, if it has `set_observation`.
 
     Raises:
         DydiffError: gymnasium cannot make it, or its spaces are not what the method works on (says which, and the remedy).
@@ -50,6 +50,7 @@ def own_spec(gym_id: str) -> EnvironmentSpec:
     try:
         observation, action = environment.observation_space, environment.action_space
         limit = environment.spec.max_episode_steps if environment.spec else None
+        tells_state = callable(getattr(environment.unwrapped, "set_observation", None))
     finally:
         environment.close()
     remedy = "Register it with a wrapper of gymnasium's around it, such as FlattenObservation."
@@ -66,7 +67,7 @@ def own_spec(gym_id: str) -> EnvironmentSpec:
         action_low=low,
         action_high=high,
         max_episode_steps=limit or sys.maxsize,
-        position_dim=0,
+        position_dim=observation.shape[0] if tells_state else 0,
         velocity_dim=0,
         hidden_dim=0,
         backend=GYMNASIUM,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dydiff.environments import EnvironmentSpec
+from dydiff.environments import GYMNASIUM, EnvironmentSpec
 from dydiff.errors import DydiffError
 
 CUT_VELOCITY = 10.0  # what hopper's and walker2d's observations cut velocities off at
@@ -50,6 +50,9 @@ class SimulatorBatch:
         self._origins[index] = f"the start state qpos {np.round(qpos, 4).tolist()}"
         environment = self._environments[index].unwrapped
         try:
+            if self.spec.backend == GYMNASIUM:
+                environment.set_observation(qpos)
+                return qpos
             environment.set_state(qpos, qvel)
             return self.spec.pad_observation(environment._get_obs())
         except Exception as error:

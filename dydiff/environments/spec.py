@@ -114,8 +114,8 @@ class EnvironmentSpec:
         """Raise DydiffError where the simulator cannot be put into a state of one's choice."""
         if not self.has_states:
             raise DydiffError(
-                f"{self.name} cannot be put into recorded states, as dydiff's own simulators can: nothing is compared with it "
-                "step by step, only the returns of whole episodes."
+                f"{self.name} cannot be put into recorded states: nothing is compared with it step by step, only the returns of "
+                "whole episodes. Its class can have a method set_observation(observation), which takes the state that one shows."
             )
 
     def make(self) -> gymnasium.Env:
