@@ -47,7 +47,8 @@ class Updates:
     `precision` is that of the matrix products: `float32`, or `bf16` with sums, values, losses, weights and Adam in float32.
 
     Raises:
-        DydiffError: no such mode or precision, or a mode that cannot work on the agent's device.
+        DydiffError: no such mode or precision, or a mode that cannot work on the agent's device; from `run`, an agent whose figures
+            are not one number for each seed.
     """
 
     def __init__(
@@ -113,6 +114,13 @@ class Updates:
                 _add(totals, sums)
                 _add(counts, numbers)
                 on_update(len(variants))
+        for name, total in totals.items():
+            if total.numel() != len(self.learners):
+                raise DydiffError(
+                    f"{type(self._agent).__name__} logs {name} with shape {list(total.shape)}, not one number for each of "
+                    f"{len(self.learners)} seed(s). Sums and means of an update must name the dimensions that they run over, the "
+                    "last ones: seeds that train together have one of their own in front."
+                )
         means = torch.stack([(total / counts[name]).view(-1) for name, total in totals.items()], dim=1)  # [seeds, figures]
         return [dict(zip(totals, values, strict=True)) for values in means.tolist()]
 

@@ -20,6 +20,7 @@ from dydiff.agents import AGENTS, find_agent
 from dydiff.errors import DydiffError
 from dydiff.models import load_policy
 from dydiff.runs import list_runs, read_log, read_settings
+from dydiff.updates import Updates
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -49,6 +50,18 @@ def test_modes_agree(iql, mode):
 
 def test_seeds_update_together_as_alone(iql):
     test_seeds.test_seeds_update_together_as_alone("iql", "eager")
+
+
+def test_an_update_that_mixes_seeds_is_told(iql, monkeypatch):
+    class Mixed(AGENTS["iql"]):
+        def apply_update(self, batch, noise, variant):
+            return {name: loss.mean() for name, loss in super().apply_update(batch, noise, variant).items()}
+
+    monkeypatch.setitem(AGENTS, "iql", Mixed)
+    assert test_updates.make_updates("iql", "eager").run(2)["value_loss"] > 0
+    together = Updates.together([test_seeds.make_updates("iql", seed, "eager") for seed in (0, 1)])
+    with pytest.raises(DydiffError, match=r"Mixed logs value_loss with shape \[\], not one number for each of 2 seed"):
+        together.run(2)
 
 
 def test_it_learns_which_action_pays(iql):
