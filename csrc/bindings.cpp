@@ -121,7 +121,7 @@ void bind_convolution(py::module_ m) {
 }
 
 void bind_matrix(py::module_ m) {
-    m.attr("LANES") = matrix::lanes();
+    m.def("lanes", [] { return matrix::lanes(); });
     m.def("multiply", [](Address x, Address w, Address bias, Address y, int64_t count, int64_t rows, int64_t depth,
                          int64_t columns, int num_threads) {
         matrix::multiply(pointer(x), pointer(w), pointer(bias), pointer(y), count, rows, depth, columns, num_threads);

@@ -69,7 +69,7 @@ class _Panels:
     def __init__(self, weight: Tensor, bias: Tensor | None):
         if native.extension is None:
             raise DydiffError(native.why_unavailable())
-        lanes = native.extension.matrix.LANES
+        lanes = native.extension.matrix.lanes()
         count, depth, self._columns = weight.shape
         self._weight = torch.zeros(count, -(-self._columns // lanes), depth, lanes)
         for panel, columns in zip(self._weight.unbind(1), weight.split(lanes, dim=2), strict=True):
