@@ -155,7 +155,7 @@ def test_data_without_a_simulator_train_without_evaluation(folder, command, run_
     assert report.status != 0 and "No finished and evaluated policy run" in report.errors
 
 
-def test_a_registered_id_may_stand_in_the_file_and_a_module_may_not(folder):
+def test_a_registered_id_may_stand_in_the_file_and_a_module_may_not(folder, command):
     data = write_data(folder / "hopper-of-my-own.npz", rows=100)
     problem = load_problem(str(data), "point_world:Point-v0")  # whatever the file's name says
     assert problem.spec.observation_dim == 2 and problem.spec.max_episode_steps == 30
@@ -169,6 +169,8 @@ def test_a_registered_id_may_stand_in_the_file_and_a_module_may_not(folder):
     np.savez(folder / "trap.npz", **arrays, **{"metadata/environment": "point_world:Point-v0"})
     with pytest.raises(DydiffError, match="would run code of that module"):
         load_problem("trap.npz")
+    for action in ("validate", "inspect", "check-dynamics"):
+        command("data", action, "trap.npz")
     assert "point_world" not in sys.modules
 
 

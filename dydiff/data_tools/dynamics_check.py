@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dydiff.data import RawDataset
-from dydiff.environments import D4RL, GYMNASIUM, MAZE2D, EnvironmentSpec, environment_spec
+from dydiff.environments import D4RL, ENVIRONMENTS, MAZE2D, WITHOUT_SIMULATOR, EnvironmentSpec, choose_environment, environment_spec
 from dydiff.environments.simulate import CUT_VELOCITY, state_from_observation
 from dydiff.errors import DydiffError
 
@@ -44,9 +44,10 @@ def check_dynamics(raw: RawDataset, environment: str, rows: int, seed: int) -> t
 
     Raises DydiffError where the environment has none of dydiff's simulators, or the arrays do not fit it.
     """
-    spec = environment_spec(environment)
-    if spec.backend == GYMNASIUM:
-        raise DydiffError(f"{environment} has one simulator, its own: only those of dydiff's environments are compared here.")
+    name = choose_environment(environment)
+    if name not in (*ENVIRONMENTS, *WITHOUT_SIMULATOR):  # a file may say so, and would have its module imported
+        raise DydiffError(f"{name} has at most one simulator, its own: only those of dydiff's environments are compared here.")
+    spec = environment_spec(name)
     steps = choose_steps(raw, spec, rows, np.random.default_rng(seed))
     return steps, [_measure(spec.with_backend(backend), steps) for backend in spec.backends]
 
@@ -134,4 +135,3 @@ def describe(errors: list[StepErrors], steps: Steps) -> str:
     doubt = ", which does not reproduce the data either" if np.quantile(closest.state, 0.9) > REPRODUCED else ""
     lines.append(f"closest: {closest.simulator}{doubt}")
     return "\n".join(lines)
-

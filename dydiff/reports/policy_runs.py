@@ -181,8 +181,9 @@ def load_runs(root: Path, dataset_name: str) -> tuple[list[PolicyRun], PolicyRun
     runs = find_policy_runs(root, dataset)
     run = next((run for run in reversed(runs) if run.uses_dydiff), runs[-1])
     env_name = run.constants.env_specs.env_name
-    environment_spec(env_name or dataset.environment or "")  # says so where there is no simulator
-    return runs, run, load_problem(dataset_name, env_name, run.constants.env_specs.backend)
+    problem = load_problem(dataset_name, env_name, run.constants.env_specs.backend)
+    environment_spec(problem.environment)  # says so where there is no simulator
+    return runs, run, problem
 
 
 def load_models(root: Path, device: str, runs: list[PolicyRun], run: PolicyRun, problem: Problem) -> Subject:
