@@ -57,6 +57,15 @@ def test_sweep_with_a_failing_variant(run_stage, dataset, tmp_path, processes):
     assert not list(tmp_path.glob("**/*.part"))
 
 
+def test_a_missing_dataset_is_told_before_any_worker_starts(run_stage, dataset, tmp_path, processes):
+    variables = {"dataset_name": [dataset, "hopper-medium-v2", "maze2d-umaze-locl"]}
+    outcome = run_stage("reward", dataset, variables=variables)
+    check_refusal(outcome, "'hopper-medium-v2' is not on this machine")
+    assert not processes and not (tmp_path / "runs").exists()
+    outcome = run_stage("reward", dataset, variables={"dataset_name": [dataset, "maze2d-umaze-locl"]})
+    check_refusal(outcome, "maze2d-umaze-local")
+
+
 def test_shards_are_the_sweep_in_parts(run_stage, dataset, tmp_path):
     """As jobs of a cluster that share a folder: seeds that train together stay together, and every run is in one shard."""
     variables, both = {"td3_bc_params.alpha": [1.0, 2.0, 3.0]}, ["--device=cpu", "--set=rl_trainer_params.real_ratio=1"]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dydiff.child import module_command
+from dydiff.data import read_dataset
 from dydiff.device import find_device
 from dydiff.errors import DydiffError, Interrupted
 from dydiff.experiments.experiment import Experiment, load_experiment
@@ -56,7 +57,8 @@ def run_all(
     """Run every variant of an experiment file under `root`, or of so many shards of them only one, counted from 1.
 
     Raises:
-        DydiffError: the file is wrong, a variant failed (all others are run; the message names the logs), or no such GPU.
+        DydiffError: the file is wrong, a dataset is missing (nothing is run), a variant failed (all others run; the message
+            names the logs), or no such GPU.
     """
     experiment = load_experiment(file, list(overrides), dataset)
     named = [device] if device else [f"cuda:{index}" for index in experiment.meta.gpu]
@@ -76,6 +78,9 @@ def run_all(
             for folder in job.folders:
                 print(f"Run folder: {folder}")
         else:
+            wanted = {experiment.variants[index].constants.dataset_name for job in pending for index in job.variants}
+            for name in sorted(wanted):
+                read_dataset(name, wanted=())  # no array of it: whether it is there
             run_jobs(pending, devices, experiment.meta.num_workers)
 
 
