@@ -275,6 +275,8 @@ def test_rollouts_refuse_models_that_were_shown_less(train, run_stage, dataset, 
 def test_dry_run_writes_nothing(train, dataset, tmp_path):
     outcome = train(dataset, "--dry-run")
     assert outcome.status == 0 and "windows of 8 x 6" in outcome.errors
+    assert "--ramp 10 (millions of windows) Adam's step size gets to 0.00% of --lr, which learns little. Take" in outcome.errors
+    assert "--ramp" not in train(dataset, "--dry-run", "--duration=4").errors
     assert not (tmp_path / "runs").exists()
 
 

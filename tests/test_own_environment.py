@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-import textwrap
+from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -15,58 +15,35 @@ import tiny
 from dydiff.data import load_dataset
 from dydiff.environments import choose_environment, environment_spec
 from dydiff.environments.own import own_spec
-from dydiff.environments.simulate import SimulatorBatch, roll_out_simulator
+from dydiff.environments.simulate import roll_out_simulator
 from dydiff.environments.terminal import terminal_function
 from dydiff.errors import DydiffError
 from dydiff.problem import load_problem
 
-MODULE = '''
-    import gymnasium
-    import numpy as np
+EXAMPLE = Path(__file__).parents[1] / "examples" / "point.py"
+MORE = """
 
-    class Point(gymnasium.Env):
-        """A point on a line that is pushed, and lost beyond 1."""
+class Picture(Point):
+    observation_space = gymnasium.spaces.Box(0, 1, (4, 4), np.float32)
 
-        observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float64)
-        action_space = gymnasium.spaces.Box(-2.0, 2.0, (1,), np.float32)
+class Endless(Point):
+    action_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float32)
 
-        def reset(self, *, seed=None, options=None):
-            super().reset(seed=seed)
-            self.state = self.np_random.normal(size=2) / 5
-            return self.state.copy(), {}
+gymnasium.register("Picture-v0", Picture)
+gymnasium.register("Endless-v0", Endless)
 
-        def step(self, action):
-            self.state = self.state + np.array([self.state[1], action[0]]) / 5
-            return self.state.copy(), 1.0 - abs(self.state[0]), bool(abs(self.state[0]) > 1), False, {}
+def done_in_rows(observation):
+    return observation[:, 0].abs() > 1
 
-        def set_observation(self, observation):
-            self.state = observation.copy()
-
-    class Picture(Point):
-        observation_space = gymnasium.spaces.Box(0, 1, (4, 4), np.float32)
-
-    class Endless(Point):
-        action_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float32)
-
-    gymnasium.register("Point-v0", Point, max_episode_steps=30)
-    gymnasium.register("Picture-v0", Picture)
-    gymnasium.register("Endless-v0", Endless)
-
-    def lost(observation):
-        return observation[..., 0].abs() > 1
-
-    def lost_in_rows(observation):
-        return observation[:, 0].abs() > 1
-
-    def fails(observation):
-        return observation[..., 7] > 1
-'''
+def fails(observation):
+    return observation[..., 7] > 1
+"""
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The working folder, with a module of one's own in it that nothing has imported."""
-    (tmp_path / "point_world.py").write_text(textwrap.dedent(MODULE))
+    """The working folder, with the example in it, and more, as a module of one's own that nothing has imported."""
+    (tmp_path / "point_world.py").write_text(EXAMPLE.read_text().partition("\n\nif __name__")[0] + MORE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
     own_spec.cache_clear()
@@ -77,24 +54,15 @@ def folder(tmp_path, monkeypatch):
     importlib.invalidate_caches()
 
 
-def write_data(path, rows=400, **more):
-    """Random behaviour in Point-v0; every row with its next observation."""
-    with SimulatorBatch(environment_spec("point_world:Point-v0"), 1) as simulator:
-        generator, kept, observation = np.random.default_rng(0), [], simulator.reset(0, 0)
-        while len(kept) < rows:
-            action = generator.uniform(-2, 2, 1).astype(np.float32)
-            following, reward, terminal, timeout = simulator.step(0, action)
-            kept.append((observation, action, reward, terminal, timeout, following))
-            observation = simulator.reset(0, len(kept)) if terminal or timeout else following
-    names = "observations", "actions", "rewards", "terminals", "timeouts", "next_observations"
-    columns = dict(zip(names, zip(*kept, strict=True), strict=True))
-    kinds = {"terminals": bool, "timeouts": bool}
-    np.savez(path, **{name: np.array(values, kinds.get(name, np.float32)) for name, values in columns.items()}, **more)
+def write_data(path, rows=400):
+    """The example's data; every row with its next observation."""
+    own_spec("point_world:Point-v0")  # imports it
+    sys.modules["point_world"].write_dataset(path, rows)
     return path
 
 
 def test_a_module_of_ones_own_goes_through_every_stage(folder, command, run_stage):
-    data = write_data(folder / "point.npz")
+    data = write_data(folder / "point.npz", rows=4000)
     own = ["--device=cpu", "--set=env_specs.env_name=point_world:Point-v0"]
     assert command("train", "-m", data, "--rl_model_type=MLP_RL", *tiny.TRAIN, f"--outdir={folder / 'runs'}").status == 0
     for stage in ("dynamics", "reward"):
@@ -105,13 +73,14 @@ def test_a_module_of_ones_own_goes_through_every_stage(folder, command, run_stag
         "td3_bc",
         data,
         *own,
-        "--set=env_specs.terminal_function=point_world:lost",
+        "--set=env_specs.terminal_function=point_world:is_done",
         "--set=rl_trainer_params.evaluation_worker=true",
         "--set=rl_trainer_params.num_epochs=2",
     )
     assert done.status == 0, done.errors
-    terminals = load_dataset(str(data)).terminals[:-1].sum()
-    assert f"ends 0 of the dataset's {399 - terminals - load_dataset(str(data)).timeouts[:-1].sum():,} transitions" in done.errors
+    dataset = load_dataset(str(data))
+    terminals, timeouts = dataset.terminals[:-1].sum(), dataset.timeouts[:-1].sum()
+    assert f"ends 0 of the dataset's {3999 - terminals - timeouts:,} transitions" in done.errors
     assert f"misses 0 of its {terminals:,} terminals" in done.errors and terminals > 5
     (run,) = (folder / "runs").glob("*td3_bc*")
     assert json.loads((run / "run.json").read_text())["simulator"].startswith("gymnasium ")
@@ -128,10 +97,10 @@ def test_a_function_of_ones_own_that_does_not_fit_is_refused_at_the_start(folder
     for stage in ("dynamics", "reward"):
         assert run_stage(stage, data, *own).status == 0
     for chosen, told in (
-        ("point_world:lost_in_rows", "observation[..., 0]"),
+        ("point_world:done_in_rows", "observation[..., 0]"),
         ("point_world:fails", "failed on the dataset: IndexError"),
         ("point_world:found", "cannot be imported: AttributeError"),
-        ("pointworld:lost", "cannot be imported: ModuleNotFoundError"),
+        ("pointworld:is_done", "cannot be imported: ModuleNotFoundError"),
         ("lost", "must have the form module:name, and is 'lost'"),
     ):
         refused = run_stage("td3_bc", data, *own, f"--set=env_specs.terminal_function={chosen}")
@@ -158,7 +127,7 @@ def test_data_without_a_simulator_train_without_evaluation(folder, command, run_
 def test_a_registered_id_may_stand_in_the_file_and_a_module_may_not(folder, command):
     data = write_data(folder / "hopper-of-my-own.npz", rows=100)
     problem = load_problem(str(data), "point_world:Point-v0")  # whatever the file's name says
-    assert problem.spec.observation_dim == 2 and problem.spec.max_episode_steps == 30
+    assert problem.spec.observation_dim == 2 and problem.spec.max_episode_steps == 100
     in_policy_space = problem.policy_transitions("cpu").action
     np.testing.assert_allclose(in_policy_space, problem.transitions.action / 2, rtol=1e-6)
     with np.load(data) as file:
@@ -205,11 +174,11 @@ def test_known_names_keep_their_meaning(folder):
 
 def test_an_environment_that_takes_an_observation_is_compared_step_by_step(folder):
     spec = environment_spec("point_world:Point-v0")
-    start, action = np.array([[0.1, -0.2], [0.9, 0.8]]), np.full((2, 3, 1), 0.5, np.float32)
+    start, action = np.array([[0.1, -0.2], [0.95, 0.8]]), np.full((2, 3, 1), 0.5, np.float32)
     made = roll_out_simulator(spec, start, np.zeros((2, 0)), 3, actions=action)
     expected = [start]
     for _ in range(2):
         position, velocity = expected[-1].T
-        expected.append(np.stack([position + velocity / 5, velocity + 0.5 / 5], axis=1))
+        expected.append(np.stack([position + velocity / 10, velocity + 0.5 / 10], axis=1))
     np.testing.assert_allclose(made.observation, np.stack(expected, axis=1), rtol=1e-6)
     np.testing.assert_array_equal(made.terminal, [[False, False, False], [True, True, True]])

@@ -36,6 +36,7 @@ from dydiff.runs.drive import drive
 from dydiff.runs.model_files import check_unchanged, digest_models, recorded_models
 
 KINDS = {"dynamics": DYNAMICS, "reward": REWARD}
+WEAK = 0.1  # of the full step size; four million windows, as published, get to 0.4
 
 
 class OneStepStage:
@@ -199,6 +200,11 @@ def train_diffusion(
         f"({windows.padding:.0%} of their rows padding); {network['kind']} with {size:.2f} M parameters on {device}, products in "
         f"{precision}."
     )
+    if duration < WEAK * lr_ramp:
+        say(
+            f"With --duration {duration / 1e6:g} and --ramp {lr_ramp / 1e6:g} (millions of windows) Adam's step size gets to "
+            f"{duration / lr_ramp:.2%} of --lr, which learns little. Take a smaller --ramp, such as {duration / 1e7:g}."
+        )
     if dry_run:
         say("Dry run: everything fits; nothing was written.")
         return
