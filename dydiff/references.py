@@ -25,7 +25,10 @@ def import_reference(reference: str, setting: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except Exception as error:  # an import runs whatever the module does
-        raise DydiffError(f"{setting} is {reference!r}, which cannot be imported: {type(error).__name__}: {error}.") from error
+        what = f"{type(error).__name__}: {str(error).rstrip('.')}"
+        raise DydiffError(
+            f"{setting} is {reference!r}, which cannot be imported: {what}. Python's path and {os.getcwd()!r} were searched."
+        ) from error
 
 
 def see_working_folder() -> None:

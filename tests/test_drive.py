@@ -20,7 +20,7 @@ from dydiff.checkpoint import load_checkpoint, save_checkpoint
 from dydiff.finite import find_not_finite
 from dydiff.fit import Fit
 from dydiff.models import DIFFUSION, DYNAMICS, POLICY, REWARD, load_policy
-from dydiff.runs import read_log, read_run, read_state
+from dydiff.runs import Run, read_log, read_run, read_state
 from dydiff.runs.drive import drive
 
 CPU = "--device=cpu"
@@ -253,6 +253,19 @@ def test_out_of_memory_in_an_epoch_says_where_to_go_on(run_stage, dataset, tmp_p
     run = only_run(tmp_path / "runs")
     check_refusal(outcome, "Out of memory in epoch 4", "The state after epoch 3", str(run), "--resume", "smaller batches")
     check_saved(run, epoch=3)
+
+
+def test_a_signal_behind_the_last_epoch_leaves_a_finished_run(run_stage, dataset, monkeypatch, tmp_path):
+    close = Run.close
+
+    def interrupted(self, status):
+        os.kill(os.getpid(), signal.SIGTERM)
+        close(self, status)
+
+    monkeypatch.setattr(Run, "close", interrupted)
+    outcome = run_stage("reward", dataset, CPU)
+    assert outcome.status == 0, outcome.errors
+    assert read_state(only_run(tmp_path / "runs")) == "finished"
 
 
 def test_a_resumed_progress_bar_begins_where_the_run_does(run_stage, dataset, monkeypatch, tmp_path):

@@ -84,11 +84,11 @@ def drive(
                     status = "interrupted"
                     name = signal.Signals(stopped_by).name
                     raise Interrupted(f"Stopped by {name} after epoch {stage.epoch}; the state is saved in '{run.folder}'.")
+            run.close("finished")  # here still, where a signal that comes now changes nothing
     except BaseException as error:
         with contextlib.suppress(DydiffError):  # what keeps the status from being written says the first error already
             run.close("interrupted" if isinstance(error, KeyboardInterrupt) else status)
         raise
-    run.close("finished")
 
 
 def _run_epoch(stage: Stage, run: Run, saved: int) -> dict[str, float] | None:
