@@ -174,7 +174,7 @@ class RolloutEngine:
         owner = (policy, generator, iterations, size, self.fast, *self.sampler.items())
         if owner not in self._captured:
             if len(self._captured) == KEPT_GRAPHS:  # each holds its outputs and its launches
-                self._drop_graphs()  # all of them: PyTorch takes no graph into a pool that has lost its last one
+                self._drop_graphs()  # all of them: into a pool that has lost its last graph PyTorch may capture no other
             self._pool = self._pool or make_pool()
             self._captured[owner] = GraphedFunction(function, generator.device, generator, pool=self._pool, remedy=POLICY_REMEDY)
         return self._captured[owner]

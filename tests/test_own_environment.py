@@ -21,6 +21,7 @@ from dydiff.errors import DydiffError
 from dydiff.problem import load_problem
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "point.py"
+OWN = ["--device=cpu", "--set=env_specs.env_name=point_world:Point-v0"]
 MORE = """
 
 class Picture(Point):
@@ -61,18 +62,27 @@ def write_data(path, rows=400):
     return path
 
 
-def test_a_module_of_ones_own_goes_through_every_stage(folder, command, run_stage):
+@pytest.fixture
+def train_models(folder, command, run_stage):
+    """Trains the three models that rollouts need under folder/runs."""
+
+    def train(data, *options):
+        assert command("train", "-m", data, "--rl_model_type=MLP_RL", *tiny.TRAIN, f"--outdir={folder / 'runs'}").status == 0
+        for stage in ("dynamics", "reward"):
+            assert run_stage(stage, data, *(options or OWN)).status == 0
+
+    return train
+
+
+def test_a_module_of_ones_own_goes_through_every_stage(folder, train_models, command, run_stage):
     data = write_data(folder / "point.npz", rows=4000)
-    own = ["--device=cpu", "--set=env_specs.env_name=point_world:Point-v0"]
-    assert command("train", "-m", data, "--rl_model_type=MLP_RL", *tiny.TRAIN, f"--outdir={folder / 'runs'}").status == 0
-    for stage in ("dynamics", "reward"):
-        assert run_stage(stage, data, *own).status == 0
-    unknown = run_stage("td3_bc", data, *own)
+    train_models(data)
+    unknown = run_stage("td3_bc", data, *OWN)
     assert unknown.status != 0 and "When episodes of point_world:Point-v0 end is not known" in unknown.errors
     done = run_stage(
         "td3_bc",
         data,
-        *own,
+        *OWN,
         "--set=env_specs.terminal_function=point_world:is_done",
         "--set=rl_trainer_params.evaluation_worker=true",
         "--set=rl_trainer_params.num_epochs=2",
@@ -90,12 +100,9 @@ def test_a_module_of_ones_own_goes_through_every_stage(folder, command, run_stag
     assert "state error" in report.output and "at most 5 steps" in report.output
 
 
-def test_a_function_of_ones_own_that_does_not_fit_is_refused_at_the_start(folder, command, run_stage):
+def test_a_function_of_ones_own_that_does_not_fit_is_refused_at_the_start(folder, train_models, run_stage):
     data = write_data(folder / "point.npz", rows=200)
-    own = ["--device=cpu", "--set=env_specs.env_name=point_world:Point-v0"]
-    assert command("train", "-m", data, "--rl_model_type=MLP_RL", *tiny.TRAIN, f"--outdir={folder / 'runs'}").status == 0
-    for stage in ("dynamics", "reward"):
-        assert run_stage(stage, data, *own).status == 0
+    train_models(data)
     for chosen, told in (
         ("point_world:done_in_rows", "observation[..., 0]"),
         ("point_world:fails", "failed on the dataset: IndexError"),
@@ -103,11 +110,11 @@ def test_a_function_of_ones_own_that_does_not_fit_is_refused_at_the_start(folder
         ("pointworld:is_done", "cannot be imported: ModuleNotFoundError"),
         ("lost", "must have the form module:name, and is 'lost'"),
     ):
-        refused = run_stage("td3_bc", data, *own, f"--set=env_specs.terminal_function={chosen}")
+        refused = run_stage("td3_bc", data, *OWN, f"--set=env_specs.terminal_function={chosen}")
         assert refused.status != 0 and told in refused.errors, refused.errors
 
 
-def test_data_without_a_simulator_train_without_evaluation(folder, command, run_stage):
+def test_data_without_a_simulator_train_without_evaluation(folder, train_models, command, run_stage):
     data = write_data(folder / "point.npz", rows=200)
     with np.load(data) as file:
         arrays = {**file, "terminals": np.zeros(200, bool), "actions": file["actions"] / 2}
@@ -115,10 +122,9 @@ def test_data_without_a_simulator_train_without_evaluation(folder, command, run_
     unnamed = run_stage("dynamics", data)
     assert unnamed.status != 0 and "'none' where there is no simulator" in unnamed.errors
     none = ["--device=cpu", "--set=env_specs.env_name=none"]
-    assert command("train", "-m", data, "--rl_model_type=MLP_RL", *tiny.TRAIN, f"--outdir={folder / 'runs'}").status == 0
-    for stage in ("dynamics", "reward", "td3_bc"):
-        done = run_stage(stage, data, *none)
-        assert done.status == 0, done.errors
+    train_models(data, *none)
+    done = run_stage("td3_bc", data, *none)
+    assert done.status == 0, done.errors
     assert "No simulator: this run trains without evaluation" in done.errors
     report = command("report", f"--outdir={folder / 'runs'}", f"--dataset={data}", "--device=cpu")
     assert report.status != 0 and "No finished and evaluated policy run" in report.errors

@@ -3,7 +3,7 @@
 from dydiff.data.d4rl import dataset_path, dataset_url, max_episode_steps, normalized_score
 from dydiff.data.dataset import COLLECTOR, Dataset, dataset_from_arrays
 from dydiff.data.download import download_dataset
-from dydiff.data.sources import RawDataset, load_dataset, read_dataset
+from dydiff.data.sources import RawDataset, check_dataset, load_dataset, read_dataset
 from dydiff.data.spaces import Limits, Spaces, ZScore
 from dydiff.data.transitions import Transitions, make_transitions
 from dydiff.data.windows import PADDING, Windows, find_windows
@@ -19,6 +19,7 @@ __all__ = [
     "Transitions",
     "Windows",
     "ZScore",
+    "check_dataset",
     "check_writable",
     "dataset_from_arrays",
     "dataset_path",

@@ -73,6 +73,12 @@ def read_dataset(
     return RawDataset(text, path, arrays, metadata)
 
 
+def check_dataset(name: str) -> None:
+    """Raise DydiffError where there is no such dataset, without reading it; what Minari keeps is left to whoever reads it."""
+    if not minari_reader.is_minari_id(name):
+        read_dataset(name, wanted=())
+
+
 def _describe_missing(name: str, path: Path) -> str:
     if d4rl.is_d4rl_name(name):
         remedy = f"Get it with `dydiff data download {name}` or put {d4rl.dataset_url(name)} into that folder by hand"

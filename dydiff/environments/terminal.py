@@ -15,6 +15,7 @@ from dydiff.environments import NO_SIMULATOR, choose_environment
 from dydiff.errors import DydiffError
 from dydiff.references import import_reference
 
+MAZES = "maze2d", "antmaze"
 NEVER = "never"
 SETTING = "env_specs.terminal_function"
 TerminalFunction = Callable[[Tensor], Tensor]  # [..., O] -> [...] bool, true = done
@@ -60,6 +61,11 @@ _FUNCTIONS: dict[str, TerminalFunction] = {
 }
 
 
+def is_known(environment: str) -> bool:
+    """Whether `terminal_function` has one for an environment, by its own name."""
+    return environment.startswith(MAZES) or environment in _FUNCTIONS
+
+
 def terminal_function(environment: str, chosen: str | None = None) -> TerminalFunction:
     """Return the function from raw next observations [..., O] to done flags [...] (bool, true = done).
 
@@ -69,7 +75,7 @@ def terminal_function(environment: str, chosen: str | None = None) -> TerminalFu
     """
     if chosen is not None:
         return _never if chosen == NEVER else import_reference(chosen, SETTING)
-    if environment.lower().startswith(("maze2d", "antmaze")):
+    if environment.lower().startswith(MAZES):
         return _never
     name = choose_environment(environment)
     if name not in _FUNCTIONS:

@@ -14,8 +14,8 @@ from dydiff.config import Constants
 from dydiff.data import make_transitions
 from dydiff.device import has_idle_core
 from dydiff.diffusion.fast_sampler import FastMode
-from dydiff.environments import GYMNASIUM, NO_SIMULATOR
-from dydiff.environments.terminal import NEVER, SETTING, TerminalFunction, apply_to_recorded, terminal_function
+from dydiff.environments import NO_SIMULATOR
+from dydiff.environments.terminal import NEVER, SETTING, TerminalFunction, apply_to_recorded, is_known, terminal_function
 from dydiff.errors import DydiffError
 from dydiff.evaluation_worker import EvaluationWorker, PolicyEvaluator, describe_evaluation
 from dydiff.experiments.experiment import ALGORITHMS, OWN, Variant
@@ -189,8 +189,7 @@ def build_rollouts(constants: Constants, problem: Problem, device: str, files: d
 def _find_terminal_function(problem: Problem, chosen: str | None) -> TerminalFunction:
     """The function that ends rollouts: the chosen one, the environment's, or none where no recorded episode ends by itself."""
     dataset = problem.dataset
-    own = problem.environment == NO_SIMULATOR or (problem.spec is not None and problem.spec.backend == GYMNASIUM)
-    if chosen is None and own and not dataset.terminals.any():
+    if chosen is None and not is_known(problem.environment) and not dataset.terminals.any():
         return terminal_function(problem.environment, NEVER)
     function = terminal_function(problem.environment, chosen)
     if chosen is not None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dydiff.child import module_command
-from dydiff.data import read_dataset
+from dydiff.data import check_dataset
 from dydiff.device import find_device
 from dydiff.errors import DydiffError, Interrupted
 from dydiff.experiments.experiment import Experiment, load_experiment
@@ -80,7 +80,7 @@ def run_all(
         else:
             wanted = {experiment.variants[index].constants.dataset_name for job in pending for index in job.variants}
             for name in sorted(wanted):
-                read_dataset(name, wanted=())  # no array of it: whether it is there
+                check_dataset(name)
             run_jobs(pending, devices, experiment.meta.num_workers)
 
 
